@@ -1,0 +1,41 @@
+# make setup | demo | lint | test. Everything lives in .venv; PYTHON=/path/to/python picks the interpreter.
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-stamp
+TORCH := torch==2.13.0
+TRITON := triton==3.7.1
+WORKERS ?= 2
+
+# The first interpreter that really runs, is in range and can make an environment (a pyenv shim may exist and fail).
+CHECK := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	"$$p" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+.PHONY: setup demo lint test clean
+
+setup: $(STAMP)
+
+# torch goes first and alone, so that nothing else chooses its version. A CPU build of torch does not bring triton,
+# which the interpreter tests need; a CUDA build brings its own, which stays.
+$(STAMP): pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.11-3.13 with venv found; run: make $@ PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install "$(TORCH)"
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install "$(TRITON)"
+	$(PY) -m pip install -e ".[trl,hub,bench,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/hf-moe-ep demo --output demo_output
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q tests/test_imports.py
+
+test: lint
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(PY) -m pytest -n $(WORKERS) --dist worksteal --durations 25
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output
