@@ -296,3 +296,17 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> experts module, for every module of the model behind the experts interface."""
     classes = tuple(f.experts_class for f in discover() if f.module == type(model).__module__)
     return {name: m for name, m in model.named_modules() if isinstance(m, classes)}
+
+
+def forward_backward(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor | None]:
+    """The output and every parameter's gradient of a random linear loss, by name ("output": the output)."""
+    output = model(**tiny_inputs(model))[0]
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    (output * probe).sum().backward()
+    return {"output": output.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute difference over the reference's largest absolute value, computed in fp64."""
+    value, reference = value.double(), reference.double()
+    return ((value - reference).abs().max() / reference.abs().max()).item()

@@ -1,0 +1,209 @@
+"""`experts_implementation="fastmoe"` gives every family's own function: output and all gradients.
+
+Whole tiny models in fp32 against transformers' eager loop, and the experts alone, on the activations
+they meet in their model, against fp64. Any gate that is not known to the kernels runs as written.
+"""
+
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+import hf_moe_ep  # noqa: F401  (registers "fastmoe")
+from tests import families
+from tests.families import forward_backward, relative_error, tiny_inputs, tiny_model
+
+FAMILIES = families.tested()
+NAMES = [family.name for family in FAMILIES]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The modules that the registered "fastmoe" function was called with, in order."""
+    registered, seen = ALL_EXPERTS_FUNCTIONS["fastmoe"], []
+
+    def counting(module, *args, **kwargs):
+        seen.append(module)
+        return registered(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "fastmoe", counting)
+    return seen
+
+
+def test_every_discovered_family_is_tested_or_skipped_with_a_reason():
+    discovered = {family.name for family in families.discover()}
+    assert len(discovered) == len(families.discover()) >= 65
+    assert discovered == set(NAMES) | set(families.SKIPPED)
+    assert all(reason.strip() for reason in families.SKIPPED.values())
+    assert set(families.OVERRIDES) | set(families.MODEL_CLASSES) <= discovered
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+def test_model_matches_eager(family, calls):
+    eager, fast = tiny_model(family), tiny_model(family, "fastmoe")
+    experts = families.experts_modules(fast)
+    assert experts, "the tiny model has no module behind the experts interface"
+
+    expected = forward_backward(eager)
+    assert not calls
+    actual = forward_backward(fast)
+    assert set(calls) == set(experts.values())
+
+    for name, want in expected.items():
+        got = actual[name]
+        if want is None:
+            assert got is None, f"{name} has a gradient that eager does not give"
+            continue
+        if ".experts." not in name and not want.any():  # phimoe's router away from its jitter
+            assert not got.any(), name
+            continue
+        assert relative_error(got, want) < 1e-5, name  # 0 / 0 is NaN, and fails
+
+
+def captured_calls(family):
+    """(experts module, its inputs) for each call of the experts in one forward of the tiny model."""
+    model, captured = tiny_model(family), []
+    for module in families.experts_modules(model).values():
+        module.register_forward_pre_hook(
+            lambda module, args: captured.append((module, [a.detach() for a in args]))
+        )
+    model(**tiny_inputs(model))
+    return captured
+
+
+def run_experts(forward, module, args, dtype):
+    """Output and gradients of x, the routing weights and the parameters, the whole call in `dtype`."""
+    module = copy.deepcopy(module).to(dtype)
+    x, ids, weights = args
+    x, weights = (t.to(dtype).requires_grad_() for t in (x, weights))
+    output = forward(module, x, ids, weights)
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (output * probe).sum().backward()
+    results = {"output": output.detach(), "x": x.grad, "top_k_weights": weights.grad}
+    return results | {n: p.grad for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+def test_experts_are_as_exact_as_grouped_mm(family, dtype):
+    """Bound by the rounding that transformers' grouped_mm has in the same dtype, from the same values."""
+    fastmoe = ALL_EXPERTS_FUNCTIONS["fastmoe"]
+    eps = torch.finfo(dtype).eps
+    for module, args in captured_calls(family):
+        args = [a.to(dtype) if a.is_floating_point() else a for a in args]
+        module = module.to(dtype)  # round once, so that fp64 starts from what dtype can hold
+        truth = run_experts(batched_mm_experts_forward, module, args, torch.float64)
+        peer = run_experts(grouped_mm_experts_forward, module, args, dtype)
+        ours = run_experts(fastmoe, module, args, dtype)
+        for name, want in truth.items():
+            assert ours[name].dtype == dtype, name
+            bound = 2 * relative_error(peer[name], want) + eps
+            assert relative_error(ours[name], want) < bound, name
+
+
+def experts_and_inputs(name):
+    """One experts module of that family, fp32, and 40 routed tokens for it."""
+    model = tiny_model(families.family(name))
+    module = next(iter(families.experts_modules(model).values()))
+    hidden = next(p.shape[1 if module.is_transposed else 2] for p in module.parameters() if p.ndim == 3)
+    ids = torch.rand(40, module.num_experts).topk(2).indices
+    return module, (torch.randn(40, hidden), ids, torch.rand(40, 2))
+
+
+def assert_follows(module, args):
+    """fastmoe gives the function that transformers' own batched_mm gives for this module."""
+    expected = run_experts(batched_mm_experts_forward, module, args, torch.float32)
+    actual = run_experts(ALL_EXPERTS_FUNCTIONS["fastmoe"], module, args, torch.float32)
+    for name, want in expected.items():
+        assert relative_error(actual[name], want) < 1e-5, name
+    return actual["output"]
+
+
+# One family each for: default gate, own gate (fused where known), interleaved with bias, own act_fn.
+GATED = ["qwen3_moe", "deepseek_v4", "gpt_oss", "inkling2", "openai_privacy_filter", "aria"]
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("on", ["class", "instance"])
+def test_an_altered_gate_runs_as_written(name, on):
+    module, args = experts_and_inputs(name)
+    before = assert_follows(module, args)
+
+    def altered(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.sin(gate) + up * up.mean(dim=-1, keepdim=True)  # no known gate, mixes columns
+
+    if on == "class":
+        module.__class__ = type("Altered", (type(module),), {"_apply_gate": altered})
+    else:
+        module._apply_gate = types.MethodType(altered, module)
+    assert relative_error(assert_follows(module, args), before) > 1e-2
+
+
+def test_an_altered_gate_may_have_parameters():
+    module, args = experts_and_inputs("qwen3_moe")
+    module.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def tempered(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate / self.temperature) * up
+
+    module.__class__ = type("Tempered", (type(module),), {"_apply_gate": tempered})
+    assert_follows(module, args)  # among the gradients: temperature's
+
+
+class SteepSiLU(nn.SiLU):
+    """Passes `isinstance(act, nn.SiLU)`, and is another function."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(2 * x)
+
+
+class LearnedSlope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        return torch.where(x > 0, x, self.slope * x)
+
+
+ACTIVATIONS = {
+    "silu": nn.SiLU(),
+    "functional silu": F.silu,
+    "gelu": nn.GELU(),
+    "gelu tanh": nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU(),
+    "leaky relu": nn.LeakyReLU(0.2),
+    "tanh": nn.Tanh(),
+    "function": lambda x: torch.cos(x) * x,
+    "subclass of silu": SteepSiLU(),
+    "with a parameter": LearnedSlope(),
+}
+
+
+@pytest.mark.parametrize("act_fn", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4", "nemotron_h", "gemma4"])
+def test_a_changed_act_fn_is_the_one_that_runs(name, act_fn):
+    module, args = experts_and_inputs(name)
+    del module.act_fn  # a module slot takes no plain function
+    module.act_fn = copy.deepcopy(act_fn)
+    assert_follows(module, args)
+
+
+@pytest.mark.parametrize("change", [{"limit": 0.2}, {"limit": 3.0}, {"alpha": 0.5}], ids=str)
+@pytest.mark.parametrize("name", ["gpt_oss", "openai_privacy_filter"])
+def test_gate_constants_are_read_from_the_module(name, change):
+    module, args = experts_and_inputs(name)
+    before = assert_follows(module, args)
+    for attribute, value in change.items():
+        setattr(module, attribute, value)
+    assert relative_error(assert_follows(module, args), before) > 1e-3
