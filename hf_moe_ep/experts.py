@@ -1,0 +1,100 @@
+"""The experts forward that transformers calls: reads a Hugging Face experts module and hands it to fastmoe.
+
+Shapes: hidden_states (T, H), top_k_index and top_k_weights (T, K); the module's weights are stacks over E experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import activations
+from transformers.integrations.moe import _default_apply_gate
+
+from .kernel import get_kernel
+
+fastmoe = get_kernel()
+
+# Activation modules whose formula is one that the kernels fuse, by exact type: a subclass may compute something else.
+_ACTIVATIONS = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    activations.ReLUSquaredActivation: "relu2",
+}
+
+
+def _clamped(module: nn.Module, limit: str, **options) -> dict:
+    value = getattr(module, limit)
+    return dict(limit=math.inf if value is None else float(value), **options)
+
+
+# `_apply_gate` methods of transformers whose formula is a Gate, by qualified name. Any other runs as written.
+_GATES = {
+    "gpt_oss.modeling_gpt_oss.GptOssExperts": lambda m: _clamped(
+        m, "limit", activation="silu", interleaved=True, alpha=float(m.alpha), up_offset=1.0
+    ),
+    "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": lambda m: _clamped(
+        m, "limit", activation="silu", alpha=float(m.alpha), up_offset=1.0
+    ),
+    "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": lambda m: _clamped(
+        m, "swiglu_limit", activation="silu", alpha=float(m.swiglu_alpha), up_offset=1.0
+    ),
+    "deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts": lambda m: _clamped(
+        m, "limit", activation=_ACTIVATIONS.get(type(m.act_fn))
+    ),
+    "hy_v4.modeling_hy_v4.HYV4Experts": lambda m: _clamped(m, "swiglu_limit", activation="silu"),
+    "glm5_next.modeling_glm5_next.Glm5NextTextExperts": lambda m: _clamped(m, "swiglu_limit", activation="silu"),
+}
+
+
+def fastmoe_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """(T, H): the weighted sum of each token's experts, for any experts module behind transformers' interface.
+
+    Reads the flags that `use_experts_implementation` sets (has_gate, has_bias, is_transposed, has_post_expert_norm)
+    and the module's own gate. Raises ValueError for weights that fastmoe cannot run, quantised ones above all.
+    """
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    bias = self.has_bias
+    return fastmoe.fused_experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        getattr(self, name),
+        self.down_proj,
+        gate=gate_of(self) or (self._apply_gate if self.has_gate else self.act_fn),
+        up_bias=getattr(self, name + "_bias") if bias else None,
+        down_bias=self.down_proj_bias if bias else None,
+        is_transposed=self.is_transposed,
+        post_norm=self.post_expert_norm if self.has_post_expert_norm else None,
+    )
+
+
+def gate_of(module: nn.Module):
+    """The fused `Gate` that equals the module's own gate or activation, or None where the module's code must run."""
+    activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
+    if not module.has_gate:
+        return fastmoe.Gate(activation, gated=False) if activation else None
+    method = module._apply_gate
+    function = getattr(method, "__func__", None)
+    if function is _default_apply_gate:
+        return fastmoe.Gate(activation) if activation else None
+    # A method of the module's own: known only under the very name it has in transformers.
+    owner = function.__qualname__.rpartition(".")[0] if function is not None else ""
+    options = _GATES.get(f"{function.__module__}.{owner}".removeprefix("transformers.models.")) if owner else None
+    options = options(module) if options else None
+    return fastmoe.Gate(**options) if options and options["activation"] else None
+
+
+def unsupported_fp8_experts_forward(self: nn.Module, *args, **kwargs) -> torch.Tensor:
+    """What "fastmoe" means for an FP8 checkpoint: always a ValueError that names the way out."""
+    raise ValueError(
+        'experts_implementation="fastmoe" does not run FP8 checkpoints yet; load the model with '
+        'experts_implementation="grouped_mm", or load it dequantised'
+    )

@@ -1,0 +1,149 @@
+"""What each differentiable step saves and which ops its backward calls; launches nothing itself.
+
+Shapes: x (T, H), weights (T, K), up (E, U, H), down (E, H, I) (or transposed), h (S, U), a (S, I), y (S, H).
+`Layer` carries the routing and the layout of the weights past autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .combine import down_bias_dots
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one call that are not differentiated."""
+
+    routing: list[Tensor]  # Routing.tensors()
+    block_m: int  # rows of a tile, 0 without a tile map. 128
+    top_k: int  # K. 8
+    transposed: bool  # weights are (E, in, out). False
+
+    @property
+    def args(self) -> tuple[list[Tensor], int, int]:
+        return self.routing, self.block_m, self.top_k
+
+
+def fused_forward(x, weights, up, down, up_bias, down_bias, layer: Layer, gate: str, keep_h: bool):
+    """(out (T, H), h (S, U) or empty)."""
+    h, a = ops.up_gate(x, up, up_bias, *layer.args, gate, layer.transposed, keep_h)
+    y = ops.grouped_linear(a, down, down_bias, *layer.args, layer.transposed, False)
+    return ops.combine(y, weights, *layer.args), h
+
+
+class FusedExperts(torch.autograd.Function):
+    """up -> gate -> down -> weighted sum. Saves x, h and the routing; never y, never a permuted copy of x."""
+
+    @staticmethod
+    def forward(ctx, x, weights, up, down, up_bias, down_bias, top_k_index, gate, transposed, block_m, *routing):
+        layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
+        out, h = fused_forward(x, weights, up, down, up_bias, down_bias, layer, gate, True)
+        ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing)
+        ctx.gate, ctx.transposed, ctx.block_m = gate, transposed, block_m
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivatives(grad)
+        x, weights, up, down, up_bias, down_bias, ids, h, *routing = ctx.saved_tensors
+        layer = Layer(routing, ctx.block_m, ids.shape[1], ctx.transposed)
+        need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = ctx.needs_input_grad[:6]
+        gate = ctx.gate
+        _release_saved(ctx)
+        grad = grad.contiguous()
+        d_x = d_weights = d_up = d_down = d_up_bias = d_down_bias = None
+
+        grad_h, a, dots = ops.gate_backward(grad, weights, down, h, *layer.args, gate, layer.transposed, need_down)
+        del h
+        if need_weights:
+            d_weights = ops.routing_weight_grad(dots, *layer.args, weights.dtype)
+            if down_bias is not None:
+                d_weights = (d_weights + down_bias_dots(grad, down_bias, ids)).to(weights.dtype)
+        if need_down:
+            d_down = ops.weight_grad(a, grad, *layer.args, True, not layer.transposed)
+        del a
+        if need_down_bias:
+            d_down_bias = ops.bias_grad(grad, weights, *layer.args, True, down_bias.dtype)
+        if need_up_bias:
+            d_up_bias = ops.bias_grad(grad_h, None, *layer.args, False, up_bias.dtype)
+        if need_x:
+            d_rows = ops.grouped_linear(grad_h, up, None, *layer.args, not layer.transposed, False)
+            d_x = ops.combine(d_rows, None, *layer.args)
+            del d_rows
+        if need_up:
+            d_up = ops.weight_grad(grad_h, x, *layer.args, True, layer.transposed)
+        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (4 + len(routing))
+
+
+class GroupedLinear(torch.autograd.Function):
+    """One projection of every row, for experts whose gate or norm runs as the model wrote it.
+
+    Rows without an expert come out as zeros, forward and backward, because code that is not ours reads them.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, w, bias, gather, top_k, transposed, block_m, *routing):
+        layer = Layer(list(routing), block_m, top_k, transposed)
+        ctx.save_for_backward(rows, w, bias, *routing)
+        ctx.gather, ctx.layer_numbers = gather, (block_m, top_k, transposed)
+        return _zero_tail(ops.grouped_linear(rows, w, bias, *layer.args, transposed, gather), routing)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivatives(grad)
+        rows, w, bias, *routing = ctx.saved_tensors
+        layer, gather = Layer(routing, *ctx.layer_numbers), ctx.gather
+        need_rows, need_w, need_bias = ctx.needs_input_grad[:3]
+        grad = _zero_tail(grad.contiguous(), routing)
+        d_rows = d_w = d_bias = None
+        if need_w:
+            d_w = ops.weight_grad(grad, rows, *layer.args, gather, layer.transposed)
+        if need_bias:
+            d_bias = ops.bias_grad(grad, None, *layer.args, False, bias.dtype)
+        if need_rows:
+            d_rows = ops.grouped_linear(grad, w, None, *layer.args, not layer.transposed, False)
+            d_rows = ops.combine(d_rows, None, *layer.args) if gather else _zero_tail(d_rows, routing)
+        return d_rows, d_w, d_bias, *[None] * (4 + len(routing))
+
+
+class Combine(torch.autograd.Function):
+    """The weighted sum over a token's slots, saving y: for experts with a norm after the down projection."""
+
+    @staticmethod
+    def forward(ctx, y, weights, block_m, *routing):
+        ctx.save_for_backward(y, weights, *routing)
+        ctx.block_m = block_m
+        return ops.combine(y, weights, list(routing), block_m, weights.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivatives(grad)
+        y, weights, *routing = ctx.saved_tensors
+        d_y, d_weights = ops.combine_backward(grad.contiguous(), y, weights, routing, ctx.block_m, weights.shape[1])
+        return d_y, d_weights, None, *[None] * len(routing)
+
+
+def _zero_tail(rows: Tensor, routing) -> Tensor:
+    """rows (S, N) with zeros at and past offsets[-1]."""
+    offsets = routing[2]
+    tail = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    return rows.masked_fill(tail.unsqueeze(1), 0.0)
+
+
+def _release_saved(ctx) -> None:
+    """Let go of the saved tensors as the backward uses them up, unless the graph is retained: torch knows which."""
+    if not torch.compiler.is_compiling():
+        ctx.maybe_clear_saved_tensors()
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ValueError(
+            "fastmoe has no second derivatives (create_graph=True); "
+            'use model.set_experts_implementation("eager") where they are needed'
+        )

@@ -1,0 +1,89 @@
+"""The grouped GEMM: rows of one expert at a time against that expert's weight, walked by a persistent grid.
+
+Shapes: rows (S, K) or, gathered, x (T, K) through perm; weights (E, N, K) or transposed (E, K, N); out (S, N).
+A tile is block_m rows of one expert by BLOCK_N columns. Which tiles exist is data (tiles, num_tiles); the grid is not.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(t, tiles_ptr, num_m, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Expert, first row and column tile of work item t: GROUP_M row tiles share a column tile's weights in L2."""
+    group = t // (GROUP_M * N_TILES)
+    first = group * GROUP_M
+    size = tl.minimum(num_m - first, GROUP_M)
+    inside = t % (GROUP_M * N_TILES)
+    m = first + inside % size
+    return tl.load(tiles_ptr + 2 * m), tl.load(tiles_ptr + 2 * m + 1), inside // size
+
+
+@triton.jit
+def load_weight(
+    w, e, n0, k0, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K, BLOCK_N) of expert e's weight from column n0 and depth k0; w is a descriptor (TMA) or a pointer."""
+    if TMA:
+        if TRANSPOSED:
+            return w.load([(e * K + k0).to(tl.int32), n0])
+        else:
+            return w.load([(e * N + n0).to(tl.int32), k0]).T
+    n = n0 + tl.arange(0, BLOCK_N)
+    k = k0 + tl.arange(0, BLOCK_K)
+    base = w + e.to(tl.int64) * N * K
+    if TRANSPOSED:
+        return tl.load(base + k[:, None].to(tl.int64) * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+    else:
+        return tl.load(base + n[None, :].to(tl.int64) * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def row_pointers(x_ptr, perm_ptr, row0, end, K, BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr):
+    """Pointers (BLOCK_M, 1) to the first element of a tile's rows, the rows, and which of them exist."""
+    rows = row0 + tl.arange(0, BLOCK_M)
+    exists = rows < end
+    if GATHER:
+        source = tl.load(perm_ptr + rows, mask=exists, other=0) // TOP_K
+    else:
+        source = tl.where(exists, rows, row0)
+    return x_ptr + source.to(tl.int64)[:, None] * K, rows, exists
+
+
+@triton.jit
+def load_rows(pointers, k0, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """(BLOCK_M, BLOCK_K) of the rows from depth k0, zero past K. Rows that do not exist read another row's data."""
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]
+    if EVEN_K:
+        return tl.load(pointers + k)
+    else:
+        return tl.load(pointers + k, mask=k < K, other=0.0)
+
+
+@triton.jit
+def grouped_linear_kernel(
+    x, x_desc, w, bias_ptr, out_ptr, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    N, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    num_m = tl.load(num_tiles_ptr)
+    for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
+        e, row0, jn = tile_of(t, tiles_ptr, num_m, N_TILES, GROUP_M)
+        end = tl.load(offsets_ptr + e + 1)
+        pointers, rows, exists = row_pointers(x, perm_ptr, row0, end, K, BLOCK_M, TOP_K, GATHER)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            if TMA_X:
+                a = x_desc.load([row0, k0])
+            else:
+                a = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
+            b = load_weight(w, e, jn * BLOCK_N, k0, N, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + e.to(tl.int64) * N + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        out = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None] & (cols < N)[None, :])

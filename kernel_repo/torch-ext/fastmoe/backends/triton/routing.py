@@ -1,0 +1,88 @@
+"""A counting sort of the slots by expert in two launches, without atomics whose order could show.
+
+Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, column E counts the sentinels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_MIN_CHUNK, _MAX_CHUNKS = 256, 128  # a chunk is a power of two of slots; as many as fill an H200 once
+_STEP = 128  # slots ranked against each other at once, by comparing all pairs
+
+
+@triton.jit
+def _load_experts(ids_ptr, slots, S, NUM_EXPERTS):
+    """Expert of each slot; NUM_EXPERTS for sentinels and for slots past the end."""
+    ids = tl.load(ids_ptr + slots, mask=slots < S, other=-1)
+    return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS).to(tl.int32)
+
+
+@triton.jit
+def count_kernel(ids_ptr, counts_ptr, S, NUM_EXPERTS, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    chunk = tl.program_id(0)
+    experts = _load_experts(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), S, NUM_EXPERTS)
+    tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.histogram(experts, BLOCK_E))
+
+
+@triton.jit
+def place_kernel(
+    ids_ptr, counts_ptr, perm_ptr, inv_perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    S, NUM_EXPERTS, num_chunks, MAX_TILES, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Every chunk adds up the counts before it, so no chunk waits for another; then it places its slots in order."""
+    chunk = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    total = tl.zeros((BLOCK_E,), tl.int32)
+    for c0 in range(0, num_chunks, 16):
+        c = c0 + tl.arange(0, 16)
+        counts = tl.load(counts_ptr + c[:, None] * BLOCK_E + e[None, :], mask=(c < num_chunks)[:, None], other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), 0)
+    total = tl.where(e < NUM_EXPERTS, total, 0)
+    offsets = tl.cumsum(total, 0) - total
+    if chunk == 0:
+        tl.store(offsets_ptr + e, offsets, mask=e <= NUM_EXPERTS)
+
+    next_row = offsets + before
+    for s0 in range(0, CHUNK, STEP):
+        slots = chunk * CHUNK + s0 + tl.arange(0, STEP)
+        experts = _load_experts(ids_ptr, slots, S, NUM_EXPERTS)
+        i = tl.arange(0, STEP)
+        earlier = (experts[:, None] == experts[None, :]) & (i[None, :] < i[:, None])
+        row = tl.gather(next_row, experts, 0) + tl.sum(earlier.to(tl.int32), 1)
+        real = experts < NUM_EXPERTS
+        tl.store(perm_ptr + row, slots, mask=real)
+        tl.store(inv_perm_ptr + slots, tl.where(real, row, -1), mask=slots < S)
+        next_row += tl.histogram(experts, BLOCK_E)
+
+    tiles = (total + BLOCK_M - 1) // BLOCK_M
+    last = tl.cumsum(tiles, 0)
+    num_tiles = tl.sum(tiles, 0)
+    if chunk == 0:
+        tl.store(num_tiles_ptr, num_tiles)
+    for m0 in range(chunk * 16, MAX_TILES, num_chunks * 16):
+        m = m0 + tl.arange(0, 16)
+        owner = tl.sum((last[None, :] <= m[:, None]).to(tl.int32), 1)
+        owner = tl.minimum(owner, BLOCK_E - 1)
+        row = tl.gather(offsets, owner, 0) + (m - tl.gather(last - tiles, owner, 0)) * BLOCK_M
+        tl.store(tiles_ptr + 2 * m, owner, mask=m < num_tiles)
+        tl.store(tiles_ptr + 2 * m + 1, row, mask=m < num_tiles)
+
+
+def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: int):
+    """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
+    num_slots = ids.numel()
+    chunk = max(_MIN_CHUNK, triton.next_power_of_2(triton.cdiv(num_slots, _MAX_CHUNKS)))
+    num_chunks = triton.cdiv(num_slots, chunk)
+    block_e = max(16, triton.next_power_of_2(num_experts + 1))
+    empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
+    counts, perm, inv_perm = empty(num_chunks, block_e), empty(num_slots), empty(num_slots)
+    offsets, tiles, num_tiles = empty(num_experts + 1), empty(max_tiles, 2), empty(1)
+    count_kernel[(num_chunks,)](ids, counts, num_slots, num_experts, chunk, block_e)
+    place_kernel[(num_chunks,)](
+        ids, counts, perm, inv_perm, offsets, tiles, num_tiles, num_slots, num_experts, num_chunks, max_tiles,
+        chunk, block_e, block_m, _STEP,
+    )  # fmt: skip
+    return perm, inv_perm, offsets, tiles, num_tiles

@@ -1,0 +1,182 @@
+"""The GEMMs of an experts layer and their gradients: allocate, choose the backend and its config, launch.
+
+Shapes: T tokens, S = T*K rows sorted by expert, x and grad (T, H), up (E, U, H) with U = 2I gated or I, down (E, H, I);
+`transposed` weights are (E, H, U) and (E, I, H). Rows at or past offsets[-1] are neither read nor meant to be.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import tuning
+from .backends import torch_ops
+from .device import backend_name, has_tma, matmul_precision, num_programs
+from .gates import Gate
+from .routing import Routing
+
+_TMA_ALIGNMENT = 16  # bytes, of base and row stride
+
+
+def up_gate(
+    x: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, r: Routing, gate: Gate, transposed: bool, keep_h: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h (S, U), a (S, I)): h = x[token] @ up[e] + bias and a = gate(h). h is empty (0,) unless `keep_h`."""
+    if backend_name(x) == "torch":
+        return torch_ops.up_gate(x, up, bias, r, gate, transposed)
+    from .backends.triton.gated import up_gate_kernel
+
+    rows, (width, depth) = r.perm.numel(), _out_in(up, transposed)
+    inner = width // 2 if gate.gated else width
+    h = x.new_empty((rows, width) if keep_h else 0)
+    a = x.new_empty(rows, inner)
+    c = tuning.gemm_config("up_gate", x.device, x.dtype, r.block_m, wide=gate.gated)
+    tile_columns = 2 * c.block_n if gate.gated and gate.interleaved else c.block_n
+    w, tma = _weight_operand(up, transposed, tile_columns, c.block_k)
+    n_tiles = -(-inner // c.block_n)
+    up_gate_kernel[(num_programs(x.device),)](
+        x, w, bias, h, a, r.perm, r.offsets, r.tiles, r.num_tiles,
+        inner, depth, r.top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha, gate.limit, gate.up_offset,
+        transposed, bias is not None, keep_h, tma, **_tiling(c, x, n_tiles),
+    )  # fmt: skip
+    return h, a
+
+
+def grouped_linear(
+    rows: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, r: Routing, transposed: bool, gather: bool
+) -> torch.Tensor:
+    """(S, N): every row (S, K) times its expert's weight (E, N, K); `gather` takes the row's token from (T, K) first."""
+    if backend_name(rows) == "torch":
+        return torch_ops.grouped_linear(rows, w, bias, r, transposed, gather)
+    from .backends.triton.gemm import grouped_linear_kernel
+
+    num_rows, (width, depth) = r.perm.numel(), _out_in(w, transposed)
+    out = rows.new_empty(num_rows, width)
+    c = tuning.gemm_config("linear", rows.device, rows.dtype, r.block_m)
+    operand, tma = _weight_operand(w, transposed, c.block_n, c.block_k)
+    x_tma = not gather and _tma_serves(rows)
+    x_desc = _descriptor(rows, c.block_m, c.block_k) if x_tma else None
+    n_tiles = -(-width // c.block_n)
+    grouped_linear_kernel[(num_programs(rows.device),)](
+        rows, x_desc, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles,
+        width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma, **_tiling(c, rows, n_tiles),
+    )  # fmt: skip
+    return out
+
+
+def gate_backward(
+    grad: torch.Tensor, weights: torch.Tensor, down: torch.Tensor, h: torch.Tensor, r: Routing, gate: Gate,
+    transposed: bool, keep_a: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(grad_h (S, U), weights * a (S, I), dots (S, n) fp32) from grad (T, H), the gradient of the layer's output.
+
+    The sum of the columns of dots is <grad[token], down[e] a>, the routing weight's gradient but for the down bias: it
+    costs no read of y, which is therefore not saved (SonicMoE, arXiv 2512.14080). a is recomputed from h; weights * a is
+    what the down weight's gradient needs, and empty (0,) unless `keep_a`.
+    """
+    if backend_name(grad) == "torch":
+        return torch_ops.gate_backward(grad, weights, down, h, r, gate, transposed)
+    from .backends.triton.gated import gate_backward_kernel
+
+    rows, (depth, inner) = r.perm.numel(), _out_in(down, transposed)
+    c = tuning.gemm_config("gate_backward", grad.device, grad.dtype, r.block_m)
+    n_tiles = -(-inner // c.block_n)
+    grad_h = torch.empty_like(h)
+    a = grad.new_empty((rows, inner) if keep_a else 0)
+    dots = grad.new_empty(rows, n_tiles, dtype=torch.float32)
+    w, tma = _weight_operand(down, not transposed, c.block_n, c.block_k)
+    gate_backward_kernel[(num_programs(grad.device),)](
+        grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles,
+        rows, inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
+        gate.activation, gate.alpha, gate.limit, gate.up_offset, not transposed, keep_a, tma, **_tiling(c, grad, n_tiles),
+    )  # fmt: skip
+    return grad_h, a, dots
+
+
+def weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing, gather: bool, transpose_out: bool) -> torch.Tensor:
+    """(E, P, Q), or (E, Q, P) with `transpose_out`: per expert, the sum over its rows of p[row]^T q[row].
+
+    p (S, P) is sorted by expert and finite in the rows of every tile in use; q is (S, Q), or (T, Q) with `gather`.
+    """
+    if backend_name(p) == "torch":
+        return torch_ops.weight_grad(p, q, r, gather, transpose_out)
+    from .backends.triton.weight_grad import weight_grad_kernel
+
+    shape = (q.shape[1], p.shape[1]) if transpose_out else (p.shape[1], q.shape[1])
+    out = p.new_empty(r.num_experts, *shape)
+    if not p.shape[0]:
+        return out.zero_()
+    c = tuning.gemm_config("weight_grad", p.device, p.dtype, r.block_m)
+    tma = _tma_serves(p)
+    strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
+    weight_grad_kernel[(num_programs(p.device),)](
+        _descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets,
+        p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, tma, matmul_precision(p.dtype),
+        c.block_m, c.block_n, c.block_k, num_programs(p.device), c.flatten,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def bias_grad(
+    rows: torch.Tensor, weights: torch.Tensor | None, r: Routing, gather: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """(E, N): per expert, the sum of its rows (S, N), or of its rows' tokens (T, N), times the routing weights if given.
+
+    Summed in fp32 over a fixed split of the rows, so that the bits do not depend on the schedule.
+    """
+    if backend_name(rows) == "torch":
+        return torch_ops.bias_grad(rows, weights, r, gather, dtype)
+    from .backends.triton.weight_grad import bias_grad_kernel
+
+    splits, block_r, block_n = 16, 32, 128
+    width = rows.shape[1]
+    partial = rows.new_empty(splits, r.num_experts, width, dtype=torch.float32)
+    bias_grad_kernel[(r.num_experts, splits, -(-width // block_n))](
+        rows, weights, partial, r.perm, r.offsets, width, r.num_experts, r.top_k, gather, weights is not None,
+        splits, block_r, block_n,
+    )  # fmt: skip
+    return partial.sum(0).to(dtype)
+
+
+def dot_columns(grad: torch.Tensor, inner: int, block_m: int) -> int:
+    """n of the dots (S, n) that gate_backward returns: its column tiles, 1 without Triton."""
+    if not block_m:
+        return 1
+    return -(-inner // tuning.gemm_config("gate_backward", grad.device, grad.dtype, block_m).block_n)
+
+
+def _out_in(w: torch.Tensor, transposed: bool) -> tuple[int, int]:
+    """(N, K) of a weight (E, N, K), or transposed (E, K, N)."""
+    return (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
+
+
+def _tiling(c: tuning.GemmConfig, operand: torch.Tensor, n_tiles: int) -> dict:
+    return dict(
+        PRECISION=matmul_precision(operand.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+        GROUP_M=c.group_m, N_TILES=n_tiles, NUM_PROGRAMS=num_programs(operand.device), FLATTEN=c.flatten,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def _tma_serves(matrix: torch.Tensor) -> bool:
+    """Whether a bulk copy can read this contiguous matrix: Hopper, rows a multiple of 16 bytes, an aligned base."""
+    row_bytes = matrix.shape[-1] * matrix.element_size()
+    aligned = row_bytes % _TMA_ALIGNMENT == 0 and matrix.data_ptr() % _TMA_ALIGNMENT == 0
+    return aligned and has_tma(matrix.device) and matrix.numel() > 0
+
+
+def _descriptor(matrix: torch.Tensor, block_rows: int, block_columns: int):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_rows, block_columns])
+
+
+def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
+    """(operand, whether it is a descriptor) for a contiguous weight, its experts stacked into one matrix.
+
+    Transposed, a tile that reached past K would read the next expert's rows: then the kernel masks instead.
+    """
+    if not _tma_serves(w) or (transposed and w.shape[1] % block_k):
+        return w, False
+    block = (block_k, block_n) if transposed else (block_n, block_k)
+    return _descriptor(w.view(-1, w.shape[2]), *block), True

@@ -1,0 +1,148 @@
+"""The door of the package: one call that validates its inputs, builds the routing and runs the experts.
+
+Shapes: T tokens, H hidden, I intermediate, E experts, K experts a token; S = T*K rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops, tuning
+from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
+from .device import backend_name
+from .gates import Gate
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def fused_experts(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    gate: Gate | Callable[[Tensor], Tensor] = Gate(),
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    is_transposed: bool = False,
+    post_norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]), differentiable in every float input.
+
+    Args:
+        x: (T, H) in any float dtype; cast to the weights' dtype, the result is cast back.
+        top_k_index: (T, K) int32 or int64. An id of E or more is a sentinel, an expert of another rank: it takes no
+            part in any GEMM and its gradients are exactly zero.
+        top_k_weights: (T, K) in any float dtype.
+        up: (E, U, H), U = 2I with a gated `gate` and I without; (E, H, U) if `is_transposed`.
+        down: (E, H, I), or (E, I, H) if `is_transposed`.
+        gate: a `Gate`, fused into the GEMMs, or any function (S, U) -> (S, I), which runs as written between them.
+        up_bias, down_bias: (E, U) and (E, H).
+        post_norm: a function (S, H) -> (S, H) of each expert's output before it is weighted.
+
+    Returns:
+        (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device, shapes and grids do
+        not depend on the routing, so the call captures into a CUDA graph and compiles with fullgraph=True.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, second derivatives; with HF_MOE_EP_CHECK=1 also
+            negative ids, sentinels with a weight, and values that are not finite (this waits for the device).
+
+    Memory between forward and backward: x, the up projection (S, U) and the routing, nothing else (the scheme of
+    SonicMoE, arXiv 2512.14080). A `gate` function or `post_norm` also keeps what autograd keeps for it.
+    """
+    up, down, is_transposed = _plain_layout(up, down, is_transposed)
+    gated = not isinstance(gate, Gate) or gate.gated
+    _validate(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, is_transposed, gated, isinstance(gate, Gate))
+    if os.environ.get("HF_MOE_EP_CHECK") == "1":
+        _check_values(x, top_k_index, top_k_weights, up.shape[0])
+
+    rows = x.to(up.dtype).contiguous()
+    weights, ids = top_k_weights.contiguous(), top_k_index.contiguous()
+    triton = backend_name(rows) == "triton"
+    block_m = tuning.bucket(ids.numel(), up.shape[0]) if triton else 0
+    routing = ops.route(ids, up.shape[0], block_m)
+    if isinstance(gate, Gate) and post_norm is None:
+        operands = (rows, weights, up, down, up_bias, down_bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+            out = FusedExperts.apply(*operands, ids, gate.spec(), is_transposed, block_m, *routing)
+        else:
+            layer = Layer(list(routing), block_m, ids.shape[1], is_transposed)
+            out, _ = fused_forward(*operands, layer, gate.spec(), False)
+    else:
+        layout = (ids.shape[1], is_transposed, block_m, *routing)
+        h = GroupedLinear.apply(rows, up, up_bias, True, *layout)
+        y = GroupedLinear.apply(gate(h).to(down.dtype).contiguous(), down, down_bias, False, *layout)
+        if post_norm is not None:
+            y = post_norm(y).contiguous()
+        out = Combine.apply(y, weights, block_m, *routing)
+    return out.to(x.dtype)
+
+
+def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
+    """The weights as contiguous stacks: a pair of transposed views is read in place as the other layout."""
+    if up.dim() == 3 and down.dim() == 3 and not up.is_contiguous() and not down.is_contiguous():
+        if up.mT.is_contiguous() and down.mT.is_contiguous():
+            return up.mT, down.mT, not transposed
+    return up.contiguous(), down.contiguous(), transposed
+
+
+def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, fused) -> None:
+    if up.dim() != 3 or down.dim() != 3:
+        raise ValueError(f"up and down must be stacks of matrices (E, ., .), got {_shape(up)} and {_shape(down)}")
+    for name, t in (("up", up), ("down", down)):
+        if t.dtype not in _FLOATS:
+            raise ValueError(
+                f"{name} has dtype {t.dtype}: quantised experts are not supported; dequantise the model "
+                'or use experts_implementation="grouped_mm"'
+            )
+    experts, width, hidden = up.shape if not transposed else (up.shape[0], up.shape[2], up.shape[1])
+    _, out_width, inner = down.shape if not transposed else (down.shape[0], down.shape[2], down.shape[1])
+    if x.dim() != 2 or x.shape[1] != hidden or not x.is_floating_point():
+        raise ValueError(f"x must be (T, {hidden}) floats to match up {_shape(up)}, got {_shape(x)} {x.dtype}")
+    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.shape[0] != x.shape[0] or not ids.shape[1]:
+        raise ValueError(f"top_k_index must be ({x.shape[0]}, K) int32 or int64, got {_shape(ids)} {ids.dtype}")
+    if weights.shape != ids.shape or not weights.is_floating_point():
+        raise ValueError(f"top_k_weights must be {_shape(ids)} floats, got {_shape(weights)} {weights.dtype}")
+    expected = 2 * inner if gated else inner
+    if down.shape[0] != experts or out_width != hidden or (fused and width != expected):
+        raise ValueError(
+            f"up {_shape(up)} and down {_shape(down)} do not belong together with is_transposed={transposed} and "
+            f"{'a gated' if gated else 'an ungated'} activation: expected up {(experts, expected, hidden)} and down "
+            f"{(experts, hidden, inner)}, each with its last two dimensions swapped if is_transposed"
+        )
+    for name, bias, n in (("up_bias", up_bias, width), ("down_bias", down_bias, hidden)):
+        if bias is not None and (tuple(bias.shape) != (experts, n) or bias.dtype != up.dtype):
+            raise ValueError(f"{name} must be {(experts, n)} {up.dtype}, got {_shape(bias)} {bias.dtype}")
+    if down.dtype != up.dtype:
+        raise ValueError(f"up is {up.dtype} and down {down.dtype}; both weights must share one dtype")
+    tensors = dict(x=x, top_k_index=ids, top_k_weights=weights, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"all inputs must be on one device, got {devices}")
+
+
+def _check_values(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> None:
+    """The checks that wait for the device (HF_MOE_EP_CHECK=1)."""
+    if ids.numel() == 0:
+        return
+    if int(ids.min()) < 0:
+        raise ValueError(f"top_k_index holds the negative id {int(ids.min())}; ids run from 0 to {num_experts - 1}")
+    weighted = (ids >= num_experts) & (weights != 0)
+    if bool(weighted.any()):
+        raise ValueError(
+            f"top_k_index holds id {int(ids[weighted][0])} with a routing weight, but there are {num_experts} experts "
+            "here; an id past the last expert marks an expert of another rank and must have weight 0"
+        )
+    for name, t in (("x", x), ("top_k_weights", weights)):
+        if not bool(torch.isfinite(t).all()):
+            raise ValueError(f"{name} holds values that are not finite (NaN or infinity)")
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)

@@ -1,0 +1,148 @@
+"""The host wrappers as registered custom ops, so that tracers see one opaque node each, with its output shapes.
+
+Shapes as in `grouped_gemm` and `combine`; `routing` is Routing.tensors() and `block_m`, `top_k` its two numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import combine as _combine
+from . import grouped_gemm as _gemm
+from ._ops import add_op_namespace_prefix
+from .gates import Gate
+from .routing import Routing, max_tiles
+from .routing import route as _route
+
+
+def _op(schema: str, fake: Callable) -> Callable:
+    """Register the decorated function as a custom op on every device, with `fake` for its output shapes."""
+
+    def register(function: Callable) -> Callable:
+        name = add_op_namespace_prefix(function.__name__)
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        torch.library.register_fake(name, fake)
+        namespace, _, op = name.partition("::")
+        return getattr(getattr(torch.ops, namespace), op)
+
+    return register
+
+
+def _fake_route(ids, num_experts, block_m):
+    slots = ids.numel()
+    tiles = max_tiles(slots, num_experts, block_m) if block_m else 0
+    shapes = ((slots,), (slots,), (num_experts + 1,), (tiles, 2), (1,))
+    return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+@_op("(Tensor ids, int num_experts, int block_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_route)
+def route(ids, num_experts, block_m):
+    return tuple(_route(ids, num_experts, block_m).tensors())
+
+
+def _widths(w: Tensor, transposed: bool) -> int:
+    return w.shape[2] if transposed else w.shape[1]
+
+
+def _fake_up_gate(x, up, bias, routing, block_m, top_k, gate, transposed, keep_h):
+    rows, width = routing[0].shape[0], _widths(up, transposed)
+    h = x.new_empty((rows, width) if keep_h else (0,))
+    return h, x.new_empty(rows, width // 2 if Gate.from_spec(gate).gated else width)
+
+
+@_op(
+    "(Tensor x, Tensor up, Tensor? bias, Tensor[] routing, int block_m, int top_k, str gate, bool transposed,"
+    " bool keep_h) -> (Tensor, Tensor)",
+    _fake_up_gate,
+)
+def up_gate(x, up, bias, routing, block_m, top_k, gate, transposed, keep_h):
+    r = Routing(*routing, block_m, top_k)
+    return _gemm.up_gate(x, up, bias, r, Gate.from_spec(gate), transposed, keep_h)
+
+
+def _fake_grouped_linear(rows, w, bias, routing, block_m, top_k, transposed, gather):
+    return rows.new_empty(routing[0].shape[0], _widths(w, transposed))
+
+
+@_op(
+    "(Tensor rows, Tensor w, Tensor? bias, Tensor[] routing, int block_m, int top_k, bool transposed, bool gather)"
+    " -> Tensor",
+    _fake_grouped_linear,
+)
+def grouped_linear(rows, w, bias, routing, block_m, top_k, transposed, gather):
+    return _gemm.grouped_linear(rows, w, bias, Routing(*routing, block_m, top_k), transposed, gather)
+
+
+def _fake_gate_backward(grad, weights, down, h, routing, block_m, top_k, gate, transposed, keep_a):
+    rows, inner = h.shape[0], down.shape[1] if transposed else down.shape[2]
+    dots = grad.new_empty(rows, _gemm.dot_columns(grad, inner, block_m), dtype=torch.float32)
+    return torch.empty_like(h), grad.new_empty((rows, inner) if keep_a else (0,)), dots
+
+
+@_op(
+    "(Tensor grad, Tensor weights, Tensor down, Tensor h, Tensor[] routing, int block_m, int top_k, str gate,"
+    " bool transposed, bool keep_a) -> (Tensor, Tensor, Tensor)",
+    _fake_gate_backward,
+)
+def gate_backward(grad, weights, down, h, routing, block_m, top_k, gate, transposed, keep_a):
+    r = Routing(*routing, block_m, top_k)
+    return _gemm.gate_backward(grad, weights, down, h, r, Gate.from_spec(gate), transposed, keep_a)
+
+
+def _fake_weight_grad(p, q, routing, block_m, top_k, gather, transpose_out):
+    shape = (q.shape[1], p.shape[1]) if transpose_out else (p.shape[1], q.shape[1])
+    return p.new_empty(routing[2].shape[0] - 1, *shape)
+
+
+@_op(
+    "(Tensor p, Tensor q, Tensor[] routing, int block_m, int top_k, bool gather, bool transpose_out) -> Tensor",
+    _fake_weight_grad,
+)
+def weight_grad(p, q, routing, block_m, top_k, gather, transpose_out):
+    return _gemm.weight_grad(p, q, Routing(*routing, block_m, top_k), gather, transpose_out)
+
+
+def _fake_bias_grad(rows, weights, routing, block_m, top_k, gather, dtype):
+    return rows.new_empty(routing[2].shape[0] - 1, rows.shape[1], dtype=dtype)
+
+
+@_op(
+    "(Tensor rows, Tensor? weights, Tensor[] routing, int block_m, int top_k, bool gather, ScalarType dtype) -> Tensor",
+    _fake_bias_grad,
+)
+def bias_grad(rows, weights, routing, block_m, top_k, gather, dtype):
+    return _gemm.bias_grad(rows, weights, Routing(*routing, block_m, top_k), gather, dtype)
+
+
+def _fake_combine(y, weights, routing, block_m, top_k):
+    return y.new_empty(routing[1].shape[0] // top_k, y.shape[1])
+
+
+@_op("(Tensor y, Tensor? weights, Tensor[] routing, int block_m, int top_k) -> Tensor", _fake_combine)
+def combine(y, weights, routing, block_m, top_k):
+    return _combine.combine(y, weights, Routing(*routing, block_m, top_k))
+
+
+def _fake_combine_backward(grad, y, weights, routing, block_m, top_k):
+    return torch.empty_like(y), torch.empty_like(weights)
+
+
+@_op(
+    "(Tensor grad, Tensor y, Tensor weights, Tensor[] routing, int block_m, int top_k) -> (Tensor, Tensor)",
+    _fake_combine_backward,
+)
+def combine_backward(grad, y, weights, routing, block_m, top_k):
+    return _combine.combine_backward(grad, y, weights, Routing(*routing, block_m, top_k))
+
+
+def _fake_routing_weight_grad(dots, routing, block_m, top_k, dtype):
+    return dots.new_empty(dots.shape[0] // top_k, top_k, dtype=dtype)
+
+
+@_op("(Tensor dots, Tensor[] routing, int block_m, int top_k, ScalarType dtype) -> Tensor", _fake_routing_weight_grad)
+def routing_weight_grad(dots, routing, block_m, top_k, dtype):
+    return _combine.routing_weight_grad(dots, Routing(*routing, block_m, top_k), dtype)

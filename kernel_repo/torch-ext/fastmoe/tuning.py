@@ -1,0 +1,82 @@
+"""Block shapes for the GEMM kernels: data per GPU in configs/*.json, looked up by a bucket of rows per expert.
+
+A bucket holds every token count with about as many rows for each expert, so no token count is ever tuned at run time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+
+import torch
+
+from .device import interpreting
+
+BUCKETS = (16, 32, 64, 128)  # rows per expert, rounded up; also block_m
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How one kernel is tiled. block_n counts columns of the activation where gate and up share a tile."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    flatten: bool = False
+
+    def shared_memory(self, itemsize: int, columns: int) -> int:
+        """Bytes of operand tiles in flight: num_stages of (block_m + columns) x block_k."""
+        return self.num_stages * (self.block_m + columns) * self.block_k * itemsize
+
+    def fitted(self, itemsize: int, columns: int, limit: int) -> GemmConfig:
+        """This config with as many stages as `limit` bytes of shared memory hold, at least one."""
+        config = self
+        while config.num_stages > 1 and config.shared_memory(itemsize, columns) > limit:
+            config = replace(config, num_stages=config.num_stages - 1)
+        return config
+
+
+def bucket(num_slots: int, num_experts: int) -> int:
+    """The bucket for `num_slots` rows spread over `num_experts` experts: 16, 32, 64 or 128."""
+    rows = -(-num_slots // max(num_experts, 1))
+    return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
+
+
+def gemm_config(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, wide: bool = False) -> GemmConfig:
+    """The config of `kernel` ("up_gate", "linear", "gate_backward", "weight_grad") in bucket `rows`.
+
+    `wide`: the kernel holds gate and up columns at once. Raises KeyError for an unknown kernel. Row tiles are as tall
+    as the bucket; weight_grad's depth steps never reach past a row tile, whose rows are the only ones written.
+    """
+    table, limit = _table(device)
+    config = table["fp32" if dtype == torch.float32 else str(rows)][kernel]
+    if kernel == "weight_grad":
+        config = replace(config, block_k=min(config.block_k, rows))
+    else:
+        config = replace(config, block_m=rows)
+    return config.fitted(dtype.itemsize, config.block_n * (2 if wide else 1), limit)
+
+
+@lru_cache
+def _table(device: torch.device) -> tuple[dict[str, dict[str, GemmConfig]], int]:
+    """The configs for a device, and its shared memory for one program in bytes."""
+    name, limit = config_name(device)
+    data = json.loads((files(__package__) / "configs" / f"{name}.json").read_text())
+    return {b: {k: GemmConfig(**c) for k, c in kernels.items()} for b, kernels in data["buckets"].items()}, limit
+
+
+def config_name(device: torch.device) -> tuple[str, int]:
+    """Which file of configs/ serves the device, and its shared memory limit in bytes. Hopper and newer use the H200's
+    measured table; everything older the A100's, compiled for sm_80 but not measured."""
+    if device.type == "cpu":
+        if not interpreting():
+            raise ValueError("the Triton kernels run on CPU tensors only under TRITON_INTERPRET=1")
+        return "interpreter", 1 << 30
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return ("h200" if hopper else "a100"), limit
