@@ -19,7 +19,8 @@ PACKAGES = {"fastmoe": ROOT / "kernel_repo/torch-ext/fastmoe", "hf_moe_ep": ROOT
 # Layers of the kernel package from the top down. A file in no layer is a leaf: everyone but the
 # backends may import it, and it imports no layer.
 KERNEL_LAYERS = (
-    {"__init__", "layers"},
+    {"__init__"},
+    {"layers"},
     {"moe"},
     {"autograd"},
     {"ops"},
