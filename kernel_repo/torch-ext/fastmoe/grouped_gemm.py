@@ -30,10 +30,12 @@ def up_gate(
     h = x.new_empty((rows, width) if keep_h else 0)
     a = x.new_empty(rows, inner)
     c = tuning.gemm_config("up_gate", x.device, x.dtype, r.block_m, wide=gate.gated)
-    tile_columns = 2 * c.block_n if gate.gated and gate.interleaved else c.block_n
-    w, tma = _weight_operand(up, transposed, tile_columns, c.block_k)
+    if gate.gated and not gate.interleaved:
+        w, tma = _gate_up_operand(up, transposed, c.block_n, c.block_k)
+    else:
+        w, tma = _weight_operand(up, transposed, c.block_n * (width // inner), c.block_k)
     n_tiles = -(-inner // c.block_n)
-    up_gate_kernel[(num_programs(x.device),)](
+    up_gate_kernel[_grid(c, x)](
         x, w, bias, h, a, r.perm, r.offsets, r.tiles, r.num_tiles,
         inner, depth, r.top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha, gate.limit, gate.up_offset,
         transposed, bias is not None, keep_h, tma, **_tiling(c, x, n_tiles),
@@ -56,7 +58,7 @@ def grouped_linear(
     x_tma = not gather and _tma_serves(rows)
     x_desc = _descriptor(rows, c.block_m, c.block_k) if x_tma else None
     n_tiles = -(-width // c.block_n)
-    grouped_linear_kernel[(num_programs(rows.device),)](
+    grouped_linear_kernel[_grid(c, rows)](
         rows, x_desc, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles,
         width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma, **_tiling(c, rows, n_tiles),
     )  # fmt: skip
@@ -84,7 +86,7 @@ def gate_backward(
     a = grad.new_empty((rows, inner) if keep_a else 0)
     dots = grad.new_empty(rows, n_tiles, dtype=torch.float32)
     w, tma = _weight_operand(down, not transposed, c.block_n, c.block_k)
-    gate_backward_kernel[(num_programs(grad.device),)](
+    gate_backward_kernel[_grid(c, grad)](
         grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles,
         rows, inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
         gate.activation, gate.alpha, gate.limit, gate.up_offset, not transposed, keep_a, tma, **_tiling(c, grad, n_tiles),
@@ -108,10 +110,10 @@ def weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing, gather: bool, tran
     c = tuning.gemm_config("weight_grad", p.device, p.dtype, r.block_m)
     tma = _tma_serves(p)
     strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
-    weight_grad_kernel[(num_programs(p.device),)](
+    weight_grad_kernel[_grid(c, p)](
         _descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets,
         p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, tma, matmul_precision(p.dtype),
-        c.block_m, c.block_n, c.block_k, num_programs(p.device), c.flatten,
+        c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
@@ -150,10 +152,14 @@ def _out_in(w: torch.Tensor, transposed: bool) -> tuple[int, int]:
     return (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
 
 
+def _grid(c: tuning.GemmConfig, operand: torch.Tensor) -> tuple[int]:
+    return (num_programs(operand.device) * c.ctas,)
+
+
 def _tiling(c: tuning.GemmConfig, operand: torch.Tensor, n_tiles: int) -> dict:
     return dict(
         PRECISION=matmul_precision(operand.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-        GROUP_M=c.group_m, N_TILES=n_tiles, NUM_PROGRAMS=num_programs(operand.device), FLATTEN=c.flatten,
+        GROUP_M=c.group_m, N_TILES=n_tiles, NUM_PROGRAMS=_grid(c, operand)[0], FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
@@ -165,10 +171,10 @@ def _tma_serves(matrix: torch.Tensor) -> bool:
     return aligned and has_tma(matrix.device) and matrix.numel() > 0
 
 
-def _descriptor(matrix: torch.Tensor, block_rows: int, block_columns: int):
+def _descriptor(array: torch.Tensor, *block: int):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_rows, block_columns])
+    return TensorDescriptor(array, list(array.shape), list(array.stride()), list(block))
 
 
 def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
@@ -180,3 +186,13 @@ def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: in
         return w, False
     block = (block_k, block_n) if transposed else (block_n, block_k)
     return _descriptor(w.view(-1, w.shape[2]), *block), True
+
+
+def _gate_up_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
+    """The same for a concatenated gate and up weight, its 2I columns split in two so that one box holds both parts."""
+    experts, inner = w.shape[0], (w.shape[2] if transposed else w.shape[1]) // 2
+    if not _tma_serves(w) or (transposed and (w.shape[1] % block_k or inner * w.element_size() % _TMA_ALIGNMENT)):
+        return w, False
+    if transposed:
+        return _descriptor(w.view(experts * w.shape[1], 2, inner), block_k, 2, block_n), True
+    return _descriptor(w.view(2 * experts, inner, w.shape[2]), 2, block_n, block_k), True

@@ -27,7 +27,8 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    flatten: bool = False
+    flatten: bool = False  # one loop over tiles and depth, so that a tile's loads start during its predecessor's end
+    ctas: int = 1  # programs for each multiprocessor: two hide one's epilogue behind the other's GEMM
 
     def shared_memory(self, itemsize: int, columns: int) -> int:
         """Bytes of operand tiles in flight: num_stages of (block_m + columns) x block_k."""

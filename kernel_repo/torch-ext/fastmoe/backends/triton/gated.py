@@ -7,7 +7,7 @@ Shapes: x, grad (T, H) gathered through perm; h, grad_h (S, U) with U = 2I gated
 import triton
 import triton.language as tl
 
-from .gemm import load_rows, load_weight, row_pointers, tile_of
+from .gemm import halves, load_gate_up_weight, load_rows, load_weight, row_pointers, tile_of
 
 
 @triton.jit
@@ -65,54 +65,85 @@ def up_gate_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h = x[token] @ w[e] + bias and a = gate(h), BLOCK_N columns of a per tile, its g and u in one pass over x."""
+    """h = x[token] @ w[e] + bias and a = gate(h): BLOCK_N columns of a per tile, their g and u in one accumulator."""
+    WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     U: tl.constexpr = 2 * I if GATED else I
     num_m = tl.load(num_tiles_ptr)
     for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
         e, row0, jn = tile_of(t, tiles_ptr, num_m, N_TILES, GROUP_M)
         end = tl.load(offsets_ptr + e + 1)
         pointers, rows, exists = row_pointers(x_ptr, perm_ptr, row0, end, K, BLOCK_M, TOP_K, True)
-        cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = exists[:, None] & (cols < I)[None, :]
-        h_rows = h_ptr + rows.to(tl.int64)[:, None] * U
-        bias = bias_ptr + e.to(tl.int64) * U
-        if GATED and not INTERLEAVED:
-            g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k0 in range(0, K, BLOCK_K):
-                rows_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
-                w_g = load_weight(w, e, jn * BLOCK_N, k0, U, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
-                g = tl.dot(rows_k, w_g, g, input_precision=PRECISION)
-                w_u = load_weight(w, e, I + jn * BLOCK_N, k0, U, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
-                u = tl.dot(rows_k, w_u, u, input_precision=PRECISION)
-            if HAS_BIAS:
-                g += tl.load(bias + cols, mask=cols < I, other=0.0).to(tl.float32)[None, :]
-                u += tl.load(bias + I + cols, mask=cols < I, other=0.0).to(tl.float32)[None, :]
-            if STORE_H:
-                tl.store(h_rows + cols[None, :], g.to(h_ptr.dtype.element_ty), mask=mask)
-                tl.store(h_rows + I + cols[None, :], u.to(h_ptr.dtype.element_ty), mask=mask)
-        else:
-            WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
-            wide = jn * WIDE + tl.arange(0, WIDE)
-            acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
-            for k0 in range(0, K, BLOCK_K):
-                rows_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
+        acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            x_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
+            if GATED and not INTERLEAVED:
+                w_k = load_gate_up_weight(w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
+            else:
                 w_k = load_weight(w, e, jn * WIDE, k0, U, K, WIDE, BLOCK_K, TMA_W, TRANSPOSED)
-                acc = tl.dot(rows_k, w_k, acc, input_precision=PRECISION)
-            if HAS_BIAS:
-                acc += tl.load(bias + wide, mask=wide < U, other=0.0).to(tl.float32)[None, :]
-            if STORE_H:
-                tl.store(h_rows + wide[None, :], acc.to(h_ptr.dtype.element_ty), mask=exists[:, None] & (wide < U)[None, :])
-            if GATED:
+            acc = tl.dot(x_k, w_k, acc, input_precision=PRECISION)
+        j = tl.arange(0, WIDE)
+        if GATED and not INTERLEAVED:
+            wide = jn * BLOCK_N + j % BLOCK_N + (j // BLOCK_N) * I
+            inside = jn * BLOCK_N + j % BLOCK_N < I
+        else:
+            wide = jn * WIDE + j
+            inside = wide < U
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + e.to(tl.int64) * U + wide, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if STORE_H:
+            at = h_ptr + rows.to(tl.int64)[:, None] * U + wide[None, :]
+            tl.store(at, acc.to(h_ptr.dtype.element_ty), mask=exists[:, None] & inside[None, :])
+        if GATED:
+            if INTERLEAVED:
                 g, u = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
             else:
-                g = acc
-        if GATED:
+                g, u = halves(acc, BLOCK_M, WIDE)
             a, _, _ = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
         else:
-            a, _ = activation(g, ACT, ALPHA)
+            a, _ = activation(acc, ACT, ALPHA)
+        cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
         out = a_ptr + rows.to(tl.int64)[:, None] * I + cols[None, :]
-        tl.store(out, a.to(a_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, a.to(a_ptr.dtype.element_ty), mask=exists[:, None] & (cols < I)[None, :])
+
+
+@triton.jit
+def _gate_backward_columns(
+    d, col0, s, rows, exists, writes, h_ptr, grad_h_ptr, a_ptr,
+    I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, STORE_A: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue for the columns of d from col0: writes grad_h and s*a, returns <d, a> by row."""
+    U: tl.constexpr = 2 * I if GATED else I
+    cols = col0 + tl.arange(0, COLUMNS)
+    reads = exists[:, None] & (cols < I)[None, :]
+    put = writes[:, None] & (cols < I)[None, :]
+    d = tl.where(reads, d, 0.0)
+    row = rows.to(tl.int64)[:, None]
+    if INTERLEAVED:
+        pairs = 2 * col0 + tl.arange(0, 2 * COLUMNS)
+        h = tl.load(h_ptr + row * U + pairs[None, :], mask=exists[:, None] & (pairs < U)[None, :], other=0.0)
+        g, u = tl.split(tl.reshape(h.to(tl.float32), (ROWS, COLUMNS, 2)))
+    else:
+        g = tl.load(h_ptr + row * U + cols[None, :], mask=reads, other=0.0).to(tl.float32)
+        if GATED:
+            u = tl.load(h_ptr + row * U + I + cols[None, :], mask=reads, other=0.0).to(tl.float32)
+    if GATED:
+        a, by_g, by_u = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
+    else:
+        a, by_g = activation(g, ACT, ALPHA)
+    dots = tl.sum(d * a, 1)
+    d *= s[:, None]
+    if INTERLEAVED:
+        pair = tl.reshape(tl.join(d * by_g, d * by_u), (ROWS, 2 * COLUMNS)).to(grad_h_ptr.dtype.element_ty)
+        tl.store(grad_h_ptr + row * U + pairs[None, :], pair, mask=writes[:, None] & (pairs < U)[None, :])
+    else:
+        tl.store(grad_h_ptr + row * U + cols[None, :], (d * by_g).to(grad_h_ptr.dtype.element_ty), mask=put)
+        if GATED:
+            tl.store(grad_h_ptr + row * U + I + cols[None, :], (d * by_u).to(grad_h_ptr.dtype.element_ty), mask=put)
+    if STORE_A:
+        tl.store(a_ptr + row * I + cols[None, :], (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=put)
+    return dots
 
 
 @triton.jit
@@ -127,10 +158,11 @@ def gate_backward_kernel(
 ):  # fmt: skip
     """From d = grad[token] @ down[e]: grad_h = gate'(h) * s*d, s*a, and this column tile's share of <d, a>.
 
-    The tile of the last expert also writes zeros to its rows past the end: weight_grad's tiles of depth BLOCK_K read
-    them against zeros, and must not find NaN there.
+    The epilogue runs on quarters of the columns, which is what the registers hold beside the accumulator. The tile of
+    the last expert also writes zeros to its rows past the end: weight_grad's steps of BLOCK_K rows meet them, and must
+    not find NaN there.
     """
-    U: tl.constexpr = 2 * I if GATED else I
+    QUARTER: tl.constexpr = BLOCK_N // 4
     num_m = tl.load(num_tiles_ptr)
     total = tl.load(offsets_ptr + NUM_EXPERTS)
     for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
@@ -142,33 +174,17 @@ def gate_backward_kernel(
             g_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
             w_k = load_weight(w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
             d = tl.dot(g_k, w_k, d, input_precision=PRECISION)
-        cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = exists[:, None] & (cols < I)[None, :]
-        d = tl.where(inside, d, 0.0)
         slots = tl.load(perm_ptr + rows, mask=exists, other=0)
         s = tl.load(weights_ptr + slots, mask=exists, other=0.0).to(tl.float32)
-        writes = (rows < tl.where(end == total, S, end))[:, None] & (cols < I)[None, :]
-        at = rows.to(tl.int64)[:, None] * U
-        if GATED and not INTERLEAVED:
-            at_g = at + cols[None, :]
-            at_u = at_g + I
-        elif GATED:
-            at_g = at + 2 * cols[None, :]
-            at_u = at_g + 1
-        else:
-            at_g = at + cols[None, :]
-        g = tl.load(h_ptr + at_g, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            u = tl.load(h_ptr + at_u, mask=inside, other=0.0).to(tl.float32)
-            a, by_g, by_u = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
-        else:
-            a, by_g = activation(g, ACT, ALPHA)
-        dots = tl.sum(d * a, 1)
+        writes = rows < tl.where(end == total, S, end)
+        dots = tl.zeros((BLOCK_M,), tl.float32)
+        left, right = halves(d, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            first, second = halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
+            for quarter in tl.static_range(2):
+                dots += _gate_backward_columns(
+                    first if quarter == 0 else second, jn * BLOCK_N + (2 * half + quarter) * QUARTER,
+                    s, rows, exists, writes, h_ptr, grad_h_ptr, a_ptr,
+                    I, GATED, INTERLEAVED, ACT, ALPHA, LIMIT, OFFSET, STORE_A, BLOCK_M, QUARTER,
+                )  # fmt: skip
         tl.store(dots_ptr + rows.to(tl.int64) * N_TILES + jn, dots, mask=exists)
-        d *= s[:, None]
-        tl.store(grad_h_ptr + at_g, (d * by_g).to(grad_h_ptr.dtype.element_ty), mask=writes)
-        if GATED:
-            tl.store(grad_h_ptr + at_u, (d * by_u).to(grad_h_ptr.dtype.element_ty), mask=writes)
-        if STORE_A:
-            out = a_ptr + rows.to(tl.int64)[:, None] * I + cols[None, :]
-            tl.store(out, (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=writes)

@@ -27,16 +27,47 @@ def load_weight(
     """(BLOCK_K, BLOCK_N) of expert e's weight from column n0 and depth k0; w is a descriptor (TMA) or a pointer."""
     if TMA:
         if TRANSPOSED:
-            return w.load([(e * K + k0).to(tl.int32), n0])
+            tile = w.load([(e * K + k0).to(tl.int32), n0])
         else:
-            return w.load([(e * N + n0).to(tl.int32), k0]).T
-    n = n0 + tl.arange(0, BLOCK_N)
-    k = k0 + tl.arange(0, BLOCK_K)
-    base = w + e.to(tl.int64) * N * K
-    if TRANSPOSED:
-        return tl.load(base + k[:, None].to(tl.int64) * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+            tile = w.load([(e * N + n0).to(tl.int32), k0]).T
     else:
-        return tl.load(base + n[None, :].to(tl.int64) * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+        n = n0 + tl.arange(0, BLOCK_N)[None, :]
+        k = k0 + tl.arange(0, BLOCK_K)[:, None]
+        at = w + e.to(tl.int64) * N * K + (k.to(tl.int64) * N + n if TRANSPOSED else n.to(tl.int64) * K + k)
+        tile = tl.load(at, mask=(k < K) & (n < N), other=0.0)
+    return tile
+
+
+@triton.jit
+def load_gate_up_weight(
+    w, e, col0, k0, I, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K, 2 * BLOCK_N): the gate columns from col0, then the up columns from col0, of a concatenated weight.
+
+    The descriptor splits the 2I columns in two: (2E, I, K) in boxes (2, BLOCK_N, BLOCK_K), or transposed (EK, 2, I).
+    """
+    if TMA:
+        if TRANSPOSED:
+            box = w.load([(e * K + k0).to(tl.int32), 0, col0])
+            tile = tl.reshape(box, (BLOCK_K, 2 * BLOCK_N))
+        else:
+            box = w.load([2 * e, col0, k0])
+            tile = tl.reshape(box, (2 * BLOCK_N, BLOCK_K)).T
+    else:
+        j = tl.arange(0, 2 * BLOCK_N)[None, :]
+        col = col0 + j % BLOCK_N
+        n = col + (j // BLOCK_N) * I
+        k = k0 + tl.arange(0, BLOCK_K)[:, None]
+        at = w + e.to(tl.int64) * 2 * I * K + (k.to(tl.int64) * 2 * I + n if TRANSPOSED else n.to(tl.int64) * K + k)
+        tile = tl.load(at, mask=(k < K) & (col < I), other=0.0)
+    return tile
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and right half of the columns of a tile; a renaming of registers in the layouts of MMA results."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
