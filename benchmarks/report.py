@@ -1,0 +1,314 @@
+"""Makes Markdown tables and plots from results/*.json, and keeps the tables in the documentation
+equal to them.
+
+A document marks the place with two comments, `table: NAME` or `table: NAME:short` and `end`, where
+NAME is the JSON file's without its ending. `python -m benchmarks.report` rewrites what lies
+between; with --check it only compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .floors import DENSE
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+REGION = re.compile(
+    r"(?P<open><!-- table: (?P<name>[\w.-]+)(?P<short>:short)? -->\n).*?(?P<close><!-- end -->)",
+    re.DOTALL,
+)
+Result = dict
+Row = dict
+
+
+# --- cells ---
+
+
+def _shape(row: Row) -> str:
+    skew = f", Zipf {row['skew']:g}" if row["skew"] else ""
+    sizes = ", ".join(str(row[k]) for k in "HIEK")
+    return f"{row['problem'].removesuffix('-zipf')} ({sizes}){skew}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, e.g. 0.0312, 7.46, 1795; below a thousandth e.g. 1.6e-07."""
+    if value == 0 or value != value:
+        return "0" if value == 0 else "NaN"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    digits = 0
+    while abs(value) * 10**digits < 99.95 and digits < 6:
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def _ms(row: Row, quantity: str, factor: float = 1.0) -> str:
+    """Median, with the 10th and 90th percentile in brackets; why there is none otherwise."""
+    s = row.get(quantity)
+    if s is None:
+        return "failed" if f"{quantity}_error" in row else "-"
+    median, p10, p90 = (_number(s[k] * factor) for k in ("median_ms", "p10_ms", "p90_ms"))
+    return f"{median} ({p10}-{p90})"
+
+
+def _get(row: Row, key: str) -> str:
+    return "-" if row.get(key) is None else _number(row[key])
+
+
+def _label(name: str, result: Result) -> str:
+    if name != DENSE:
+        return f"**{name}**" if name == "fastmoe" else name
+    return "cuBLAS limit" if result["environment"]["cuda"] else "dense matmul limit"
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+
+# --- tables ---
+
+
+def _status(row: Row) -> str | None:
+    """Why an implementation has no figures, or None when it has."""
+    if "not_available" in row:
+        return f"not available: {row['not_available']}"
+    if "wrong" in row:
+        return "wrong, so not timed: " + "; ".join(row["wrong"])
+    return f"failed: {row['error']}" if "error" in row else None
+
+
+def _limits(rows: list[Row]) -> dict[tuple, Row]:
+    return {_key(r): r for r in rows if r["implementation"] == DENSE}
+
+
+def _key(row: Row) -> tuple[str, int]:
+    return row["problem"], row["T"]
+
+
+def _train(result: Result) -> str:
+    limits = _limits(result["rows"])
+    lines = []
+    for row in result["rows"]:
+        if _status(row):
+            continue
+        limit, step = limits[_key(row)]["step"], row.get("step")
+        share = f"{limit['median_ms'] / step['median_ms']:.0%}" if step else "-"
+        lines.append(
+            [_shape(row), str(row["T"]), _label(row["implementation"], result)]
+            + [_ms(row, q) for q in ("forward", "step", "frozen_step")]
+            + [_get(row, "step_tflops"), share, _get(row, "saved_mib"), _get(row, "peak_mib")]
+            + [f"{row['error_ratio']:.2f}" if "error_ratio" in row else "-"]
+        )
+    header = ["shape (H, I, E, K)", "T", "", "forward ms", "step ms", "step, frozen weights, ms"]
+    header += [
+        "step TFLOP/s",
+        "of the limit",
+        "saved MiB",
+        "peak MiB",
+        "largest error / grouped_mm's",
+    ]
+    return _markdown(header, lines)
+
+
+def _train_short(result: Result) -> str:
+    """Step times side by side: milliseconds, and the share of the limit for ours."""
+    names = list(dict.fromkeys(r["implementation"] for r in result["rows"] if not _status(r)))
+    cells = {(_key(r), r["implementation"]): r for r in result["rows"]}
+    lines = []
+    for key in dict.fromkeys(map(_key, result["rows"])):
+        rows = [cells[key, n] for n in names]
+        times = [_number(r["step"]["median_ms"]) if "step" in r else "-" for r in rows]
+        lines.append([_shape(rows[0]), str(key[1]), *times])
+    return _markdown(["step ms at (H, I, E, K)", "T", *(_label(n, result) for n in names)], lines)
+
+
+def _decode(result: Result) -> str:
+    lines = []
+    for row in result["rows"]:
+        if _status(row):
+            continue
+        graph, floor = row.get("graph"), row.get("floor_ms")
+        share = f"{floor / graph['median_ms']:.0%}" if graph and floor else "-"
+        replay = row.get("graph_error") or _ms(row, "graph", 1e3)
+        lines.append(
+            [_shape(row), str(row["T"]), str(row["active_experts"]), row["implementation"]]
+            + [replay, _ms(row, "eager", 1e3), _number(floor * 1e3) if floor else "-", share]
+        )
+        lines[-1][3] = _label(row["implementation"], result)
+    header = ["shape (H, I, E, K)", "T", "active experts", "", "CUDA graph µs", "called µs"]
+    return _markdown([*header, "bandwidth floor µs", "graph at floor"], lines)
+
+
+def _kernels(result: Result) -> str:
+    lines = []
+    for row in result["rows"]:
+        if _status(row):
+            continue
+        lines.append(
+            [
+                _label(row["implementation"], result),
+                str(row["T"]),
+                row["phase"],
+                f"`{row['kernel']}`",
+            ]
+            + [row["work"] or "-", _number(row["time"]["median_ms"] * 1e3), f"{row['share']:.1%}"]
+            + [_get(row, "tflops"), _get(row, "gbs")]
+            + [f"{row['of_floor']:.0%}" if row.get("of_floor") else "-"]
+        )
+    header = [
+        "",
+        "T",
+        "phase",
+        "kernel",
+        "work",
+        "µs",
+        "share of step",
+        "TFLOP/s",
+        "GB/s",
+        "at floor",
+    ]
+    return _markdown(header, lines)
+
+
+def _first_step(result: Result) -> str:
+    lines = []
+    for row in result["rows"]:
+        if _status(row):
+            continue
+        stalls = sorted(c["first_ms"] - c["later_ms"] for c in row["counts"])
+        lines.append(
+            [_label(row["implementation"], result), row["caches"]]
+            + [
+                _get(row, k)
+                for k in ("import_s", "first_step_s", "to_end_of_first_step_s", "steady_ms")
+            ]
+            + [str(len(stalls)), _number(stalls[len(stalls) // 2]), _number(stalls[-1])]
+        )
+    header = [
+        "",
+        "caches",
+        "import s",
+        "first step s",
+        "start to end of first step s",
+        "steady step ms",
+    ]
+    header += ["unseen token counts", "median stall ms", "worst stall ms"]
+    return _markdown(header, lines)
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "train": _train,
+    "train:short": _train_short,
+    "decode": _decode,
+    "kernels": _kernels,
+    "first_step": _first_step,
+}
+
+
+def table(result: Result, short: bool = False) -> str:
+    """The Markdown of one result: its table, what is missing from it, and where it comes from.
+
+    Raises ValueError when that mode has no table of that kind.
+    """
+    kind = result["mode"] + ":short" * short
+    if kind not in TABLES:
+        raise ValueError(f"no table of kind {kind!r}; choose from {list(TABLES)}")
+    absent = dict.fromkeys(
+        f"{r['implementation']}: {s}" for r in result["rows"] if (s := _status(r))
+    )
+    return "\n\n".join([TABLES[kind](result), *absent, _provenance(result)])
+
+
+def _provenance(result: Result) -> str:
+    env = result["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
+    driver = f", driver {env['driver']}" if env["driver"] else ""
+    bandwidth = result.get("bandwidth_gbs")
+    streamed = f" Memory bandwidth measured: {bandwidth:.0f} GB/s." if bandwidth else ""
+    return (
+        f"{env['device']}{driver}, {versions}, {result['dtype']}, {env['date'][:10]}, "
+        f"commit {env['commit']}. Medians, in brackets the 10th and 90th percentile."
+        f"{streamed} `{env['command']}`"
+    )
+
+
+def one_line(row: Row) -> str:
+    """A row as a line of progress."""
+    parts = [row["problem"], f"T={row['T']}", row["implementation"]]
+    parts += [row[k] for k in ("caches", "phase", "kernel") if k in row]
+    parts += [s for s in [_status(row)] if s]
+    for quantity in ("forward", "step", "frozen_step", "graph", "eager", "time"):
+        if quantity in row:
+            parts.append(f"{quantity} {_ms(row, quantity)} ms")
+        if f"{quantity}_error" in row:
+            parts.append(f"{quantity} failed: {row[f'{quantity}_error']}")
+    parts += [
+        f"{k} {_number(row[k])}" for k in ("saved_mib", "peak_mib", "first_step_s") if row.get(k)
+    ]
+    return "  ".join(parts)
+
+
+# --- documents ---
+
+
+def load(name: str, results: Path = RESULTS) -> Result:
+    """Raises ValueError when there is no such result."""
+    path = results / f"{name}.json"
+    if not path.exists():
+        raise ValueError(
+            f"no result {path}; there are {sorted(p.stem for p in results.glob('*.json'))}"
+        )
+    return json.loads(path.read_text())
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """A document's text with every marked table made anew."""
+
+    def region(match: re.Match) -> str:
+        body = table(load(match["name"], results), short=match["short"] is not None)
+        return f"{match['open']}{body}\n{match['close']}"
+
+    return REGION.sub(region, text)
+
+
+def documents(root: Path = HERE.parent) -> list[Path]:
+    """The Markdown files of the checkout that may hold tables."""
+    patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "kernel_repo/*.md")
+    return sorted(p for pattern in patterns for p in root.glob(pattern))
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite the tables and plots; with --check, only name the documents that differ."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 on a difference")
+    parser.add_argument("--root", type=Path, default=HERE.parent, help="the checkout")
+    args = parser.parse_args(argv)
+    results = args.root / "benchmarks" / "results"
+    stale = []
+    for path in documents(args.root):
+        old = path.read_text()
+        new = rewritten(old, results)
+        if new != old:
+            stale.append(path)
+            if not args.check:
+                path.write_text(new)
+    for path in stale:
+        print(f"{path}: {'differs from' if args.check else 'rewritten from'} the results")
+    if args.check:
+        return int(bool(stale))
+    from .plots import draw_all  # matplotlib is needed for the plots alone
+
+    for path in draw_all(results):
+        print(f"{path}: drawn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
