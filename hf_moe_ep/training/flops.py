@@ -270,7 +270,7 @@ def recurrence(module: nn.Module) -> float:
     """
     if hasattr(module, "head_k_dim") and hasattr(module, "head_v_dim"):
         return 6.0 * module.num_v_heads * module.head_k_dim * module.head_v_dim
-    if hasattr(module, "qkv_dim"):
+    if hasattr(module, "qkv_dim") and hasattr(module, "conv_dim"):  # a forget gate has the first
         return 6.0 * module.num_heads * module.head_dim**2
     if hasattr(module, "ssm_state_size"):
         return 4.0 * module.intermediate_size * module.ssm_state_size
@@ -283,12 +283,12 @@ def attention_terms(decoder: nn.Module) -> list[AttentionTerm]:
     """The decoder's attention, layers that see the same keys merged into one term."""
     merged: dict[tuple, float] = defaultdict(float)
     for module in decoder.modules():
-        for term in _attention_of(module):
+        for term in attention_of(module):
             merged[term.limit, term.stride, term.causal] += term.flops_per_key
     return [AttentionTerm(flops, *key) for key, flops in merged.items()]
 
 
-def _attention_of(module: nn.Module) -> Iterator[AttentionTerm]:
+def attention_of(module: nn.Module) -> Iterator[AttentionTerm]:
     """Terms of one softmax attention module; nothing for any other module."""
     v_dim = getattr(module, "v_head_dim", getattr(module, "head_dim", None))
     if v_dim is None or not hasattr(module, "is_causal"):
@@ -316,11 +316,11 @@ def _attention_of(module: nn.Module) -> Iterator[AttentionTerm]:
 def _window(module: nn.Module) -> int | None:
     """Sliding window of this layer: the module's own, else the config's where it applies."""
     if hasattr(module, "sliding_window"):
-        return module.sliding_window
+        return module.sliding_window or None
     layer_types = getattr(module.config, "layer_types", None)
-    if layer_types is not None and "sliding" not in layer_types[module.layer_idx]:
+    if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
         return None
-    return getattr(module.config, "sliding_window", None)
+    return getattr(module.config, "sliding_window", None) or None
 
 
 def _budget(module: nn.Module, indexer: nn.Module | None) -> int | None:
