@@ -33,6 +33,7 @@ SIZES = {
     "hidden_size": 32,
     "moe_hidden_size": 40,
     "moe_latent_size": 16,
+    "rms_norm_eps": 1e-2,  # caps how far a norm of near-zero rows amplifies rounding
     # attention
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -123,6 +124,7 @@ SIZES = {
 
 DENSE_THEN_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 EQUAL_HEADS = {"num_key_value_heads": 4}
+GEMMA_HEADS = {"head_dim": 8, "global_head_dim": 8}  # the second, 512 by default, is an extra key
 
 # What a family wants beyond SIZES, by Family.name.
 OVERRIDES = {
@@ -130,12 +132,14 @@ OVERRIDES = {
     "beam": DENSE_THEN_SPARSE,
     "deepseek_ocr2": DENSE_THEN_SPARSE,
     "deepseek_v32": EQUAL_HEADS,
+    "diffusion_gemma": GEMMA_HEADS,
     "dots3_note": EQUAL_HEADS,
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [24, 16],  # text experts, vision experts
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
     },
     "flint": {"mlp_only_layers": [0]},
+    "gemma4": GEMMA_HEADS,
     "glm4v_moe": {
         "rope_parameters": {
             "rope_type": "default",
@@ -255,8 +259,7 @@ def tiny_model(
 ) -> transformers.PreTrainedModel:
     """A tiny model on CPU in eval mode; a seed gives the same weights for every implementation.
 
-    Every parameter is drawn anew: some families leave experts at torch.empty, routers at zero or
-    norms at one, and each of these would hide an error.
+    Every parameter is drawn anew: zeros, ones and tiny values, where models start, hide errors.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -268,15 +271,23 @@ def tiny_model(
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Matrices: normal, variance 1 / last dimension. Vectors: 0.1 normal, norm weights about 1."""
+    """Matrices: normal, variance 1 / last dimension. Vectors: 0.1 normal about their start values.
+
+    Also the buffers that choose experts: biases, and DeepSeek-V4's table from token ids.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
             else:
-                parameter.normal_(0, 0.1, generator=generator)
-                parameter.add_(1.0 if name.endswith("weight") else 0.0)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("bias", "biases")):
+                buffer.normal_(0, 0.1, generator=generator)
+            elif name.endswith("tid2eid"):
+                scores = torch.rand(buffer.shape[0], SIZES["num_experts"], generator=generator)
+                buffer.copy_(scores.topk(buffer.shape[1]).indices)
 
 
 def tiny_inputs(model: transformers.PreTrainedModel, seed: int = 0) -> dict:
@@ -299,7 +310,7 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def forward_backward(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor | None]:
-    """The output and every parameter's gradient of a random linear loss, by name ("output": the output)."""
+    """The output (as "output") and, by name, every parameter's gradient of a random linear loss."""
     output = model(**tiny_inputs(model))[0]
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
     (output * probe).sum().backward()

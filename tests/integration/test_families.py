@@ -1,7 +1,7 @@
 """`experts_implementation="fastmoe"` gives every family's own function: output and all gradients.
 
-Whole tiny models in fp32 against transformers' eager loop, and the experts alone, on the activations
-they meet in their model, against fp64. Any gate that is not known to the kernels runs as written.
+Whole tiny models in fp32 against transformers' eager loop, and the experts alone, on the tokens
+they meet in their model, against fp64. A gate that is not known to the kernels runs as written.
 """
 
 import copy
@@ -17,7 +17,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-import hf_moe_ep  # noqa: F401  (registers "fastmoe")
+from hf_moe_ep.experts import gate_of  # and importing the package registers "fastmoe"
 from tests import families
 from tests.families import forward_backward, relative_error, tiny_inputs, tiny_model
 
@@ -36,6 +36,16 @@ def calls(monkeypatch):
 
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "fastmoe", counting)
     return seen
+
+
+# Gates that are not among the kernels': one in fp32, one with softcaps, one by the function F.silu.
+AS_WRITTEN = {"beam", "inkling2", "lfm2_moe"}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+def test_which_gates_are_fused(family):
+    for module in families.experts_modules(tiny_model(family)).values():
+        assert (gate_of(module) is None) == (family.name in AS_WRITTEN)
 
 
 def test_every_discovered_family_is_tested_or_skipped_with_a_reason():
@@ -57,19 +67,21 @@ def test_model_matches_eager(family, calls):
     actual = forward_backward(fast)
     assert set(calls) == set(experts.values())
 
+    largest = max(g.abs().max() for n, g in expected.items() if g is not None and n != "output")
     for name, want in expected.items():
         got = actual[name]
+        assert (got is None) == (want is None), f"{name}: only one of the two has a gradient"
         if want is None:
-            assert got is None, f"{name} has a gradient that eager does not give"
             continue
-        if ".experts." not in name and not want.any():  # phimoe's router away from its jitter
-            assert not got.any(), name
-            continue
-        assert relative_error(got, want) < 1e-5, name  # 0 / 0 is NaN, and fails
+        error = (got - want).abs().max() / want.abs().max()
+        if ".experts." not in name and name != "output":
+            # What a model's own cancellation leaves near zero is held to the model's scale.
+            error = (got - want).abs().max() / max(want.abs().max(), 1e-2 * largest)
+        assert error < 1e-5, name  # 0 / 0 is NaN, and fails
 
 
 def captured_calls(family):
-    """(experts module, its inputs) for each call of the experts in one forward of the tiny model."""
+    """(experts module, its inputs) for each call of experts in one forward of the tiny model."""
     model, captured = tiny_model(family), []
     for module in families.experts_modules(model).values():
         module.register_forward_pre_hook(
@@ -80,21 +92,28 @@ def captured_calls(family):
 
 
 def run_experts(forward, module, args, dtype):
-    """Output and gradients of x, the routing weights and the parameters, the whole call in `dtype`."""
+    """Output and gradients of x, routing weights and parameters, the whole call in `dtype`."""
     module = copy.deepcopy(module).to(dtype)
     x, ids, weights = args
-    x, weights = (t.to(dtype).requires_grad_() for t in (x, weights))
+    x, weights = (t.to(dtype, copy=True).requires_grad_() for t in (x, weights))
     output = forward(module, x, ids, weights)
-    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    probe = probe.bfloat16().to(dtype)  # the same values in every dtype
     (output * probe).sum().backward()
     results = {"output": output.detach(), "x": x.grad, "top_k_weights": weights.grad}
     return results | {n: p.grad for n, p in module.named_parameters()}
 
 
+def rms_error(value, reference):
+    """Of all elements together: steadier under a factor of two than the largest one."""
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm()).item()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 def test_experts_are_as_exact_as_grouped_mm(family, dtype):
-    """Bound by the rounding that transformers' grouped_mm has in the same dtype, from the same values."""
+    """Bound by the error of transformers' grouped_mm in the same dtype, from the same values."""
     fastmoe = ALL_EXPERTS_FUNCTIONS["fastmoe"]
     eps = torch.finfo(dtype).eps
     for module, args in captured_calls(family):
@@ -104,16 +123,20 @@ def test_experts_are_as_exact_as_grouped_mm(family, dtype):
         peer = run_experts(grouped_mm_experts_forward, module, args, dtype)
         ours = run_experts(fastmoe, module, args, dtype)
         for name, want in truth.items():
+            yardstick = rms_error(peer[name], want)
+            # 32 rather than a few: at its limit a clamp's gradient jumps, and rounding crosses it
+            assert yardstick < 32 * eps, f"{name}: the yardstick itself is off"
             assert ours[name].dtype == dtype, name
-            bound = 2 * relative_error(peer[name], want) + eps
-            assert relative_error(ours[name], want) < bound, name
+            assert rms_error(ours[name], want) < 2 * yardstick + eps, name
 
 
 def experts_and_inputs(name):
     """One experts module of that family, fp32, and 40 routed tokens for it."""
     model = tiny_model(families.family(name))
     module = next(iter(families.experts_modules(model).values()))
-    hidden = next(p.shape[1 if module.is_transposed else 2] for p in module.parameters() if p.ndim == 3)
+    hidden = next(
+        p.shape[1 if module.is_transposed else 2] for p in module.parameters() if p.ndim == 3
+    )
     ids = torch.rand(40, module.num_experts).topk(2).indices
     return module, (torch.randn(40, hidden), ids, torch.rand(40, 2))
 
@@ -127,7 +150,7 @@ def assert_follows(module, args):
     return actual["output"]
 
 
-# One family each for: default gate, own gate (fused where known), interleaved with bias, own act_fn.
+# One family each for: default gate, own gate, interleaved with bias, own act_fn, bias, transposed.
 GATED = ["qwen3_moe", "deepseek_v4", "gpt_oss", "inkling2", "openai_privacy_filter", "aria"]
 
 
