@@ -250,7 +250,8 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"ok": not problems, "checks": [asdict(c) for c in checks]}, indent=2))
     else:
         for check in checks:
-            print(f"{check.status:8}{check.section + ": " + check.name:38}{check.detail}")
+            label = f"{check.section}: {check.name}"
+            print(f"{check.status:8}{label:38} {check.detail}")
         print(f"\n{len(problems)} problem(s)" if problems else "\nNo problems found.")
     return 1 if problems else 0
 
