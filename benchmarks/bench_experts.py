@@ -158,7 +158,6 @@ def _run(
         "mode": mode,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "bandwidth_gbs": settings.bandwidth and settings.bandwidth / 1e9,
-        "environment": describe(settings.device, _command(argv), args.commit),
         "rows": [],
     }
     path = args.out / f"{mode}-{_slug(settings.device)}{'-quick' * args.quick}.json"
@@ -168,6 +167,8 @@ def _run(
         for row in _measure(mode, problem, settings, args):
             result["rows"].append(row)
             print(f"[{time.perf_counter() - started:6.1f} s] {report.one_line(row)}", flush=True)
+        # After the measurement, because an adapter may set a variable that belongs to the record.
+        result["environment"] = describe(settings.device, _command(argv), args.commit)
         path.write_text(json.dumps(result, indent=1) + "\n")
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()

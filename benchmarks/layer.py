@@ -103,12 +103,13 @@ def _time_graphs(
     settings: Settings,
 ) -> None:
     want = gate.reference(inputs, gradients=False)
-    replays = {}
+    replays, stream = {}, torch.cuda.current_stream()
     for name, forward in admitted.items():
         try:
             replay, output = _capture(forward, inputs)
         except Exception as e:  # a peer may fail in any way; the row says how
             rows[name]["graph_error"] = _first_line(e)
+            torch.cuda.set_stream(stream)  # a capture that fails stays on its own stream
             continue
         output.fill_(float("nan"))
         replay()

@@ -65,7 +65,7 @@ def step_times(result: dict, path: Path) -> Path:
         f"Experts, forward + backward, {result['dtype']}, {result['environment']['device']}"
     )
     axes.margins(y=0.15)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
