@@ -11,15 +11,14 @@ import torch
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@lru_cache
-def interpreting() -> bool:
-    """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1), which also serves CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None
+# Whether Triton runs its kernels in Python, which also serves CPU tensors. Triton reads this when it is imported.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and _HAS_TRITON
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _gpu_served(index: int) -> bool:
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
@@ -31,7 +30,7 @@ def backend_name(tensor: torch.Tensor) -> str:
         return "torch"
     if tensor.device.type == "cuda":
         return "triton" if _gpu_served(tensor.device.index or 0) else "torch"
-    return "triton" if tensor.device.type == "cpu" and interpreting() else "torch"
+    return "triton" if tensor.device.type == "cpu" and INTERPRETING else "torch"
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from importlib.resources import files
 
 import torch
 
-from .device import interpreting
+from .device import INTERPRETING
 
 BUCKETS = (16, 32, 64, 128)  # rows per expert, rounded up; also block_m
 
@@ -75,7 +75,7 @@ def config_name(device: torch.device) -> tuple[str, int]:
     """Which file of configs/ serves the device, and its shared memory limit in bytes. Hopper and newer use the H200's
     measured table; everything older the A100's, compiled for sm_80 but not measured."""
     if device.type == "cpu":
-        if not interpreting():
+        if not INTERPRETING:
             raise ValueError("the Triton kernels run on CPU tensors only under TRITON_INTERPRET=1")
         return "interpreter", 1 << 30
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin

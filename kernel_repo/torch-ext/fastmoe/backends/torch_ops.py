@@ -134,10 +134,14 @@ def _serves_grouped_mm(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether torch's grouped_mm takes these operands: 16-bit or fp32, strides that are multiples of 16 bytes."""
     if not hasattr(F, "grouped_mm") or a.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    strides = [s for t in (a, b) for s in t.stride() if s > 1]
-    return all(s * a.element_size() % _ALIGNMENT == 0 for s in strides) and all(
-        t.data_ptr() % _ALIGNMENT == 0 for t in (a, b)
-    )
+    return all(_aligned(t) for t in (a, b))
+
+
+def _aligned(t: torch.Tensor) -> bool:
+    """Unit stride along one of the last two dimensions, a multiple of 16 bytes along all others, from such an address."""
+    *batch, rows, columns = (s * t.element_size() for s in t.stride())
+    others = (*batch, max(rows, columns), t.data_ptr())
+    return min(rows, columns) == t.element_size() and all(s % _ALIGNMENT == 0 for s in others)
 
 
 def _segments(r):

@@ -1,0 +1,48 @@
+"""What the kernel tests share: the devices and dtypes to run on, one run with all gradients, and the error bound."""
+
+from __future__ import annotations
+
+import fastmoe
+import torch
+
+from benchmarks.problems import Inputs, Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if DEVICE == "cuda" else [torch.float32]
+
+
+def gate_of(p: Problem) -> fastmoe.Gate:
+    """The gate of a problem; "clamped" is gpt-oss's, with a limit low enough that unit inputs reach it."""
+    if p.gate == "clamped":
+        return fastmoe.Gate("silu", True, p.interleaved, alpha=1.702, limit=1.0, up_offset=1.0)
+    return fastmoe.Gate(p.gate, gated=p.gated, interleaved=p.interleaved)
+
+
+def run(function, p: Problem, inputs: Inputs, dtype: torch.dtype | None = None, **options):
+    """The output and every gradient by name, in `dtype` or the inputs' own."""
+    leaves = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.leaves().items()}
+    out = function(
+        leaves["x"], inputs.top_k_index, leaves["top_k_weights"], leaves["up"], leaves["down"],
+        up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"),
+        is_transposed=p.transposed, **{"gate": gate_of(p)} | options,
+    )  # fmt: skip
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad.to(out.dtype))
+    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """||value - truth|| / ||truth||, or ||value|| where the truth is zero; NaN stays NaN."""
+    scale = truth.norm()
+    return float((value.double() - truth).norm() / (scale if scale > 0 else 1.0))
+
+
+def assert_as_good_as_torch(got, p: Problem, inputs: Inputs, **options) -> None:
+    """Every result of `got` is at most twice as far from fp64 as plain PyTorch in the same dtype, plus rounding."""
+    dtype = inputs.x.dtype
+    truth = run(fastmoe.reference_experts, p, inputs, torch.float64, **options)
+    torch_in_dtype = run(fastmoe.reference_experts, p, inputs, **options)
+    eps = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+    for name, value in got.items():
+        assert value.dtype == dtype, name
+        ours, bound = error(value, truth[name]), 2 * error(torch_in_dtype[name], truth[name]) + eps
+        assert ours <= bound, f"{p.name} {name}: error {ours:.3g} above {bound:.3g}"

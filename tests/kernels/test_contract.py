@@ -1,0 +1,254 @@
+"""What the operator promises beside its values: memory, frozen parts, tracing, checkpointing, and clear refusals."""
+
+import fastmoe
+import pytest
+import torch
+from fastmoe import autograd, ops, tuning
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.problems import EDGE, make_inputs
+from tests.kernels.common import DEVICE, error, run
+
+SMALL = EDGE[0]
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the fastmoe ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "moe" in func.namespace:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def backward_ops(frozen: set[str]) -> list[str]:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    leaves = {k: v.requires_grad_(k not in frozen) for k, v in inputs.leaves().items()}
+    out = fastmoe.fused_experts(inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    with Recorder() as recorder:
+        out.backward(inputs.grad)
+    assert {k for k, v in leaves.items() if v.grad is None} == frozen
+    return recorder.names
+
+
+def test_frozen_experts_compute_no_weight_gradient():
+    assert backward_ops({"up", "down"}).count("weight_grad") == 0
+    assert backward_ops({"down"}).count("weight_grad") == 1
+    assert backward_ops(set()).count("weight_grad") == 2
+
+
+def test_frozen_inputs_compute_no_input_gradient():
+    assert backward_ops(set()).count("grouped_linear") == 1
+    assert backward_ops({"x"}).count("grouped_linear") == 0
+    assert "routing_weight_grad" not in backward_ops({"top_k_weights"})
+
+
+def test_inference_keeps_no_up_projection():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    seen = []
+    real = autograd.fused_forward
+
+    class KeepH(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.__name__.startswith("up_gate"):
+                seen.append(args[-1])
+            return out
+
+    with torch.no_grad(), KeepH():
+        fastmoe.fused_experts(inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    assert seen == [False] and real is autograd.fused_forward
+
+
+def test_saves_x_h_and_the_routing_only():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    for leaf in inputs.leaves().values():
+        leaf.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        fastmoe.fused_experts(inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    own = {t.data_ptr() for t in (*inputs.leaves().values(), inputs.top_k_index)}
+    extra = [t for t in saved if t.is_floating_point() and t.data_ptr() not in own]
+    assert [tuple(t.shape) for t in extra] == [(SMALL.T * SMALL.K, 2 * SMALL.I)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    expected = run(fastmoe.fused_experts, SMALL, inputs)
+
+    def checkpointed(x, ids, weights, up, down, **kwargs):
+        return checkpoint(fastmoe.fused_experts, x, ids, weights, up, down, use_reentrant=reentrant, **kwargs)
+
+    if reentrant:  # takes no keyword arguments
+
+        def checkpointed(x, ids, weights, up, down, **kwargs):  # noqa: F811
+            return checkpoint(lambda *a: fastmoe.fused_experts(*a), x, ids, weights, up, down, use_reentrant=True)
+
+        expected_inputs = inputs.leaves()
+        for leaf in expected_inputs.values():
+            leaf.requires_grad_()
+        out = checkpointed(inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+        out.backward(inputs.grad)
+        got = {k: v.grad for k, v in expected_inputs.items()} | {"out": out.detach()}
+    else:
+        got = run(checkpointed, SMALL, inputs)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
+def test_retained_graph_gives_the_same_gradients_twice():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    leaves = [v.requires_grad_() for v in inputs.leaves().values()]
+    out = fastmoe.fused_experts(inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    first = torch.autograd.grad(out, leaves, inputs.grad, retain_graph=True)
+    second = torch.autograd.grad(out, leaves, inputs.grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["fused", "as_written"])
+def test_compiles_without_graph_breaks(written):
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    gate = (lambda h: torch.nn.functional.silu(h[:, : SMALL.I]) * h[:, SMALL.I :]) if written else fastmoe.Gate()
+
+    def f(x, ids, weights, up, down, **kwargs):
+        return fastmoe.fused_experts(x, ids, weights, up, down, gate=gate)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    expected = run(fastmoe.fused_experts, SMALL, inputs)
+    got = run(compiled, SMALL, inputs)
+    for key in expected:
+        assert error(got[key], expected[key].double()) < 1e-5, key
+
+
+def test_ops_pass_opcheck():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    triton = fastmoe.backend_name(inputs.x) == "triton"
+    block_m = tuning.bucket(SMALL.T * SMALL.K, SMALL.E) if triton else 0
+    routing = list(ops.route(inputs.top_k_index, SMALL.E, block_m))
+    layer = (routing, block_m, SMALL.K)
+    gate = fastmoe.Gate().spec()
+    h, a = ops.up_gate(inputs.x, inputs.up, None, *layer, gate, False, True)
+    y = ops.grouped_linear(a, inputs.down, None, *layer, False, False)
+    grad_h, wa, dots = ops.gate_backward(
+        inputs.grad, inputs.top_k_weights, inputs.down, h, *layer, gate, False, True
+    )
+    checks = "test_schema", "test_faketensor"
+    for op, args in [
+        (ops.up_gate, (inputs.x, inputs.up, None, *layer, gate, False, True)),
+        (ops.grouped_linear, (a, inputs.down, None, *layer, False, False)),
+        (ops.combine, (y, inputs.top_k_weights, *layer)),
+        (ops.combine_backward, (inputs.grad, y, inputs.top_k_weights, *layer)),
+        (ops.gate_backward, (inputs.grad, inputs.top_k_weights, inputs.down, h, *layer, gate, False, True)),
+        (ops.weight_grad, (grad_h, inputs.x, *layer, True, False)),
+        (ops.bias_grad, (grad_h, None, *layer, False, torch.float32)),
+        (ops.routing_weight_grad, (dots, *layer, torch.float32)),
+    ]:
+        torch.library.opcheck(op.default, args, test_utils=checks)
+
+
+def call(**changes):
+    i = make_inputs(SMALL, torch.float32, DEVICE)
+    args = dict(x=i.x, top_k_index=i.top_k_index, top_k_weights=i.top_k_weights, up=i.up, down=i.down)
+    for name, change in changes.items():
+        args[name] = change(args[name]) if callable(change) and name != "gate" else change
+    return fastmoe.fused_experts(**args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=lambda x: x[:, :-1]), r"x must be \(T, 32\)"),
+        (dict(x=lambda x: x.long()), "floats"),
+        (dict(top_k_index=lambda i: i.float()), "int32 or int64"),
+        (dict(top_k_index=lambda i: i[:-1]), r"top_k_index must be \(40, K\)"),
+        (dict(top_k_weights=lambda w: w[:, :1]), r"top_k_weights must be \(40, 2\)"),
+        (dict(up=lambda w: w[0]), "stacks of matrices"),
+        (dict(up=lambda w: w.to(torch.int8)), "quantised"),
+        (dict(down=lambda w: w[:-1]), "do not belong together"),
+        (dict(down=lambda w: w[..., :-1]), "do not belong together"),
+        (dict(down=lambda w: w.half()), "share one dtype"),
+        (dict(is_transposed=True), "x must be"),
+        (dict(gate=fastmoe.Gate("silu", gated=False)), "ungated"),
+        (dict(up_bias=torch.zeros(3, device=DEVICE)), r"up_bias must be \(6, 96\)"),
+        (dict(x=lambda x: x.to("meta")), "one device"),
+    ],
+    ids=lambda v: "" if isinstance(v, dict) else v[:24],
+)
+def test_wrong_input_says_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(top_k_index=lambda i: i - 6), "negative id"),
+        (dict(top_k_index=lambda i: i + 6), "with a routing weight"),
+        (dict(top_k_weights=lambda w: w / 0), "not finite"),
+        (dict(x=lambda x: x * float("nan")), "not finite"),
+    ],
+    ids=["negative", "weighted sentinel", "infinite weights", "nan"],
+)
+def test_checks_that_need_a_sync(monkeypatch, changes, message):
+    call(**changes)  # without the switch: defined results, no error
+    monkeypatch.setenv("HF_MOE_EP_CHECK", "1")
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(activation="mish"), dict(activation="relu", alpha=2.0), dict(limit=-1.0), dict(gated=False, limit=1.0)],
+    ids=str,
+)
+def test_gates_that_do_not_exist(options):
+    with pytest.raises(ValueError):
+        fastmoe.Gate(**options)
+
+
+def test_second_derivatives_are_refused():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    x = inputs.x.requires_grad_()
+    out = fastmoe.fused_experts(x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    with pytest.raises(ValueError, match="second derivatives"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_captures_into_a_cuda_graph():
+    inputs = make_inputs(SMALL, torch.bfloat16, DEVICE)
+    args = (inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    with torch.no_grad():
+        fastmoe.fused_experts(*args)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fastmoe.fused_experts(*args)
+        other = make_inputs(SMALL, torch.bfloat16, DEVICE, seed=1)
+        for mine, new in zip(args, (other.x, other.top_k_index, other.top_k_weights, other.up, other.down), strict=True):
+            mine.copy_(new)
+        graph.replay()
+        assert torch.equal(out, fastmoe.fused_experts(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs 30 GiB of GPU memory")
+def test_more_than_two_billion_elements():
+    from dataclasses import replace
+
+    p = replace(SMALL, T=600_000, H=64, I=1024, E=2, K=2)  # h (1.2M, 2048) has 2.4e9 elements
+    inputs = make_inputs(p, torch.bfloat16, DEVICE)
+    got = run(fastmoe.fused_experts, p, inputs)
+    last = slice(p.T - 64, None)  # the tokens whose rows lie past 2^31 elements
+    out = fastmoe.reference_experts(
+        inputs.x[last].double(), inputs.top_k_index[last], inputs.top_k_weights[last].double(),
+        inputs.up.double(), inputs.down.double(),
+    )  # fmt: skip
+    assert error(got["out"][last], out) < 0.01
+    assert all(torch.isfinite(v).all() for v in got.values())

@@ -1,0 +1,125 @@
+"""The whole operator: forward and every gradient against fp64 on every edge case, fused and with a gate as written."""
+
+import fastmoe
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.problems import EDGE, Problem, make_inputs
+from tests.kernels.common import DEVICE, DTYPES, assert_as_good_as_torch, gate_of, run
+
+SMALL = EDGE[0]
+BY_NAME = {p.name: p for p in EDGE}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", EDGE, ids=lambda p: p.name)
+def test_fused(p, dtype):
+    inputs = make_inputs(p, dtype, DEVICE)
+    assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["small", "sentinels", "no_tokens", "gpt_oss_sentinels", "ungated_silu_bias"])
+def test_gate_as_written(name, dtype):
+    p = BY_NAME[name]
+    inputs = make_inputs(p, dtype, DEVICE)
+    gate = gate_of(p)
+    got = run(fastmoe.fused_experts, p, inputs, gate=lambda h: gate(h))
+    assert_as_good_as_torch(got, p, inputs)
+
+
+@pytest.mark.parametrize("name", ["small", "sentinels"])
+def test_post_norm_with_parameters(name):
+    p = BY_NAME[name]
+    inputs = make_inputs(p, torch.float32, DEVICE)
+    scale = torch.randn(p.H, device=DEVICE, requires_grad=True)
+
+    def norm(y):
+        return torch.nn.functional.rms_norm(y, (p.H,)) * scale.to(y.dtype)
+
+    got = run(fastmoe.fused_experts, p, inputs, post_norm=norm)
+    assert_as_good_as_torch(got, p, inputs, post_norm=norm)
+    grads = []
+    for function in (fastmoe.fused_experts, fastmoe.reference_experts):
+        out = function(
+            inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down, post_norm=norm
+        )
+        grads.append(torch.autograd.grad(out, scale, inputs.grad)[0])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    T=st.integers(0, 70), H=st.integers(1, 50), I=st.integers(1, 40), E=st.integers(1, 12), K=st.integers(1, 4),
+    sentinels=st.sampled_from([0.0, 0.3]), bias=st.booleans(), transposed=st.booleans(), interleaved=st.booleans(),
+    gate=st.sampled_from(["silu", "gelu", "relu", "clamped"]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_random_shapes(T, H, I, E, K, sentinels, bias, transposed, interleaved, gate, seed):  # noqa: E741
+    p = Problem(
+        "random", T, H, I, E, min(K, E), sentinels=sentinels, gate=gate,
+        bias=bias, transposed=transposed, interleaved=interleaved,
+    )  # fmt: skip
+    inputs = make_inputs(p, torch.float32, DEVICE, seed)
+    assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
+
+
+def test_sentinel_gradients_are_exactly_zero():
+    p = BY_NAME["sentinels"]
+    inputs = make_inputs(p, torch.float32, DEVICE)
+    inputs.top_k_index[:5] = p.E  # tokens with no expert here at all
+    got = run(fastmoe.fused_experts, p, inputs)
+    sentinel = inputs.top_k_index >= p.E
+    assert (got["top_k_weights"][sentinel] == 0).all() and (got["top_k_weights"][~sentinel] != 0).all()
+    assert (got["x"][:5] == 0).all() and (got["out"][:5] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["small", "gpt_oss_sentinels"])
+def test_repeated_runs_give_the_same_bits(name):
+    p = BY_NAME[name]
+    inputs = make_inputs(p, DTYPES[0], DEVICE)
+    first, second = (run(fastmoe.fused_experts, p, inputs) for _ in range(2))
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def test_int32_ids_and_strided_inputs():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    expected = run(fastmoe.fused_experts, SMALL, inputs)
+    ids = inputs.top_k_index.int().repeat_interleave(2, dim=1)[:, ::2]
+    x = inputs.x.repeat_interleave(2, dim=0)[::2]
+    weights = inputs.top_k_weights.repeat_interleave(2, dim=1)[:, ::2]
+    views = [w.mT.contiguous().mT for w in (inputs.up, inputs.down)]  # the transposed layout in memory
+    assert not (ids.is_contiguous() or x.is_contiguous() or views[0].is_contiguous())
+    out = fastmoe.fused_experts(x, ids, weights, *views)
+    torch.testing.assert_close(out, expected["out"], rtol=1e-5, atol=1e-5)
+    sliced = torch.cat([inputs.up, inputs.up], dim=2)[..., : SMALL.H]
+    out = fastmoe.fused_experts(x, ids, weights, sliced, inputs.down)
+    torch.testing.assert_close(out, expected["out"], rtol=1e-5, atol=1e-5)
+
+
+def test_activations_are_cast_to_the_weights_dtype():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    half = make_inputs(SMALL, torch.bfloat16, DEVICE)
+    x = inputs.x.requires_grad_()
+    out = fastmoe.fused_experts(x, inputs.top_k_index, inputs.top_k_weights, half.up, half.down)
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="fp64 has no kernels; the CPU path serves it")
+def test_gradcheck_in_double_precision():
+    p = BY_NAME["gpt_oss_sentinels"]
+    p = Problem("tiny", 5, 4, 3, 3, 2, sentinels=0.3, bias=True, gate="clamped", interleaved=True, transposed=True)
+    inputs = make_inputs(p, torch.float64, DEVICE)
+    leaves = [t.requires_grad_() for t in inputs.leaves().values()]
+
+    def f(x, weights, up, down, up_bias, down_bias):
+        return fastmoe.fused_experts(
+            x, inputs.top_k_index, weights, up, down, gate=gate_of(p), up_bias=up_bias,
+            down_bias=down_bias, is_transposed=True,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, leaves)
