@@ -26,6 +26,15 @@ NAMES = [family.name for family in FAMILIES]
 
 
 @pytest.fixture
+def poisoned_memory():
+    """torch.empty and its like hold NaN, so that reading what nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """The modules that the registered "fastmoe" function was called with, in order."""
     registered, seen = ALL_EXPERTS_FUNCTIONS["fastmoe"], []
@@ -130,15 +139,53 @@ def test_experts_are_as_exact_as_grouped_mm(family, dtype):
             assert rms_error(ours[name], want) < 2 * yardstick + eps, name
 
 
-def experts_and_inputs(name):
-    """One experts module of that family, fp32, and 40 routed tokens for it."""
-    model = tiny_model(families.family(name))
-    module = next(iter(families.experts_modules(model).values()))
+def shard(module, args):
+    """The module and its inputs as rank 0 of two expert-parallel ranks has them, with sentinels."""
+    x, ids, weights = args
+    local = module.num_experts // 2
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.ndim > 1:
+            setattr(module, name, nn.Parameter(parameter.detach()[:local].clone()))
+    module.num_experts, module._is_expert_parallel = local, True
+    ids = ids.clamp(max=local)
+    return x, ids, weights.masked_fill(ids == local, 0.0)
+
+
+def assert_sentinels_are_inert(module, args):
+    """Other ranks' rows: outputs and gradients exactly zero, and not a value of them is read."""
+    x, ids, weights = shard(module, args)
+    sentinel = ids == module.num_experts
+    elsewhere = sentinel.all(dim=1)
+    assert elsewhere.any() and not sentinel.all()
+    truth = run_experts(batched_mm_experts_forward, module, (x, ids, weights), torch.float64)
+    x = x.masked_fill(elsewhere[:, None], torch.nan)
+    ours = run_experts(ALL_EXPERTS_FUNCTIONS["fastmoe"], module, (x, ids, weights), torch.float32)
+    for name, want in truth.items():
+        assert relative_error(ours[name], want) < 1e-5, name
+    assert not ours["output"][elsewhere].any()
+    assert not ours["x"][elsewhere].any()
+    assert not ours["top_k_weights"][sentinel].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+def test_sentinels_are_inert(family, poisoned_memory):
+    module, args = experts_and_inputs(family.name)
+    assert_sentinels_are_inert(module, args)
+
+
+def inputs_for(module, tokens=40):
+    """(x, ids, weights) of that many tokens, each for two experts."""
     hidden = next(
         p.shape[1 if module.is_transposed else 2] for p in module.parameters() if p.ndim == 3
     )
-    ids = torch.rand(40, module.num_experts).topk(2).indices
-    return module, (torch.randn(40, hidden), ids, torch.rand(40, 2))
+    ids = torch.rand(tokens, module.num_experts).topk(2).indices
+    return torch.randn(tokens, hidden), ids, torch.rand(tokens, 2)
+
+
+def experts_and_inputs(name):
+    """One experts module of that family, fp32, and 40 routed tokens for it."""
+    module = next(iter(families.experts_modules(tiny_model(families.family(name))).values()))
+    return module, inputs_for(module)
 
 
 def assert_follows(module, args):
@@ -171,7 +218,7 @@ def test_an_altered_gate_runs_as_written(name, on):
     assert relative_error(assert_follows(module, args), before) > 1e-2
 
 
-def test_an_altered_gate_may_have_parameters():
+def test_an_altered_gate_may_have_parameters(poisoned_memory):
     module, args = experts_and_inputs("qwen3_moe")
     module.temperature = nn.Parameter(torch.tensor(0.7))
 
@@ -181,6 +228,7 @@ def test_an_altered_gate_may_have_parameters():
 
     module.__class__ = type("Tempered", (type(module),), {"_apply_gate": tempered})
     assert_follows(module, args)  # among the gradients: temperature's
+    assert_sentinels_are_inert(module, args)
 
 
 class SteepSiLU(nn.SiLU):
