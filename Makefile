@@ -18,7 +18,7 @@ setup: $(STAMP)
 # torch goes first and alone, so that nothing else chooses its version. A CPU build of torch does not bring triton,
 # which the interpreter tests need; a CUDA build brings its own, which stays.
 $(STAMP): pyproject.toml Makefile
-	@test -n "$(PYTHON)" || { echo "No Python 3.11-3.13 with venv found; run: make $@ PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11-3.13 with venv found; run: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install "$(TORCH)"
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install "$(TRITON)"
