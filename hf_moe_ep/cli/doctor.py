@@ -127,12 +127,12 @@ def registration_checks() -> list[Check]:
 
 
 def filled(sizes: dict[str, int | None], world_size: int | None) -> dict[str, int | None]:
-    """The sizes, with fsdp_size chosen where only ep_size asks for processes: all that are left."""
-    if not sizes["ep_size"] or sizes["fsdp_size"]:
+    """The sizes with fsdp_size, if it is not given, taking the processes that the others leave."""
+    if sizes["fsdp_size"] or not any(sizes.values()):
         return sizes
     tp, replicas = sizes["tp_size"] or 1, sizes["dp_replicate_size"] or 1
-    ranks = world_size // replicas if world_size else sizes["ep_size"]
-    return sizes | {"fsdp_size": max(1, ranks // tp)}
+    left = world_size // (tp * replicas) if world_size else -(-(sizes["ep_size"] or 1) // tp)
+    return sizes | {"fsdp_size": max(1, left)}
 
 
 def layout_checks(sizes: dict[str, int | None], world_size: int | None) -> list[Check]:

@@ -109,12 +109,22 @@ def test_kernel_that_does_not_load(report, monkeypatch, tmp_path):
 # Layouts
 
 
-def test_ep_size_alone_takes_the_other_processes_for_fsdp(report):
-    status, _, checks = report("--ep_size", "4", "--world_size", "8")
-    assert status == 0
-    assert "fsdp 8, tp 1; experts: ep 4, efsdp 2; 8 processes" in checks["mesh"]["detail"]
-    status, _, checks = report("--ep_size", "8", "--tp_size", "2")
-    assert status == 0 and "fsdp 4, tp 2; experts: ep 8" in checks["mesh"]["detail"]
+@pytest.mark.parametrize(
+    ("argv", "mesh"),
+    [
+        ("--ep_size 4 --world_size 8", "fsdp 8, tp 1; experts: ep 4, efsdp 2; 8 processes"),
+        ("--tp_size 2 --world_size 8", "fsdp 4, tp 2; experts: ep 1, efsdp 8; 8 processes"),
+        ("--ep_size 8 --tp_size 2", "fsdp 4, tp 2; experts: ep 8, efsdp 1; 8 processes"),
+        ("--tp_size 2", "fsdp 1, tp 2; experts: ep 1, efsdp 2; 2 processes"),
+        (
+            "--ep_size 2 --dp_replicate_size 2 --world_size 8",
+            "dp_replicate 2, fsdp 4, tp 1; experts: ep 2, efsdp 2; 8 processes",
+        ),
+    ],
+)
+def test_fsdp_takes_the_processes_that_are_left(report, argv, mesh):
+    status, _, checks = report(*argv.split())
+    assert status == 0 and checks["mesh"]["detail"].endswith(mesh)
 
 
 def test_sizes_that_do_not_fit_together(report):
