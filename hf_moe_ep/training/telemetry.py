@@ -122,6 +122,8 @@ class MoETelemetryCallback(TrainerCallback):
         return self
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        if REPORT_NAME in args.report_to and args.report_to[0] != REPORT_NAME:
+            raise ValueError(f"report_to={args.report_to}: put {REPORT_NAME!r} before the others")
         self.flops = count_flops(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
