@@ -321,3 +321,24 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest absolute difference over the reference's largest absolute value, computed in fp64."""
     value, reference = value.double(), reference.double()
     return ((value - reference).abs().max() / reference.abs().max()).item()
+
+
+def relative_errors(actual: dict, expected: dict) -> dict[str, float]:
+    """Name -> relative error, for two results of `forward_backward` of one family.
+
+    Raises AssertionError where only one of the two has a gradient. 0 / 0 is NaN: compare with `<`.
+    """
+    gradients = [g for name, g in expected.items() if g is not None and name != "output"]
+    largest = max(g.abs().max() for g in gradients)
+    errors = {}
+    for name, want in expected.items():
+        got = actual[name]
+        assert (got is None) == (want is None), f"{name}: only one of the two has a gradient"
+        if want is None:
+            continue
+        scale = want.abs().max()
+        if ".experts." not in name and name != "output":
+            # What a model's own cancellation leaves near zero is held to the model's scale.
+            scale = max(scale, 1e-2 * largest)
+        errors[name] = ((got - want).abs().max() / scale).item()
+    return errors
