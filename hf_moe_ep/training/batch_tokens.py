@@ -46,7 +46,7 @@ def documents(inputs: dict) -> Documents:
     else:
         real = torch.ones(shape, dtype=torch.bool, device=device)
         labels = inputs.get("labels")
-        if labels is not None and positions is not None:
+        if positions is not None and labels is not None and labels.shape == shape:
             _, length = _within(starts, real)
             real = (length > 1) | (labels != -100)
     index, length = _within(starts, real)

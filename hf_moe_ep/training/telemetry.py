@@ -97,8 +97,9 @@ class MoETelemetryCallback(TrainerCallback):
     | peak_memory_gib | CUDA: most memory allocated by the process so far, highest rank |
 
     MFU is left out on a device whose peak is unknown (see devices.py). The head counts for every
-    token, also where a trainer skips ignored labels; recomputation never counts. Only training
-    forwards with gradients count: not evaluation, generation or a reference model's.
+    token, also where a trainer skips ignored labels; recomputation never counts. Only calls of the
+    model in training mode with gradients count: not evaluation, generation or a reference model's,
+    and not a loss that calls a part of the model instead of the model.
 
     expert_load_every: sample the expert load in every n-th step; 0 never does.
     device_peak_tflops: dense peak of one device in TFLOP/s, instead of the table's.

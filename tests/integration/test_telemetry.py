@@ -66,8 +66,8 @@ def test_packed_row_with_padding():
     docs = documents(batch)
     assert docs.index.tolist() == [[1, 2, 3, 1, 2, 0, 0, 0]]
     assert docs.length.tolist() == [[3, 3, 3, 2, 2, 0, 0, 0]]
-    del batch["labels"]  # nothing tells padding from documents of one token
-    assert documents(batch).real.sum() == 8
+    for labels in (None, torch.tensor([1])):  # none per token: padding looks like short documents
+        assert documents(batch | {"labels": labels}).real.sum() == 8
 
 
 def test_no_mask_and_multi_axis_positions():
@@ -162,9 +162,11 @@ def test_load_of_a_hand_made_routing():
         first(x, skewed, weights)
         second(hidden_states=x, top_k_index=even, top_k_weights=weights)
 
+    model.train()
     run()
     sampler.active = True
-    run()  # the model is in eval mode
+    model.eval()
+    run()
     assert sampler.rows.sum() == 0
     model.train()
     run()
@@ -264,6 +266,8 @@ def test_every_reporter_receives_it(tmp_path, monkeypatch):
     for logs in (built_in.logs, own.logs):
         assert [log.get("tokens_seen") for log in logs] == [25, 44, 44]
         assert all("tokens_per_second" in log for log in logs[:2])
+        # the first of every ten steps is sampled, so the second window has nothing to tell
+        assert ["expert_idle_share" in log for log in logs] == [True, False, False]
     assert [log["tokens_seen"] for log in run.state.log_history] == [25, 44, 44]
 
 
@@ -563,6 +567,15 @@ def test_two_ranks(tmp_path):
         if layout == "ep":
             for key in ("expert_load_max_over_mean", "expert_idle_share"):
                 assert log[key] == pytest.approx(logs["ddp"][0][key])
+
+
+def test_imports_without_trl():
+    code = """
+import sys
+sys.modules["trl"] = sys.modules["datasets"] = sys.modules["peft"] = None  # import raises
+import hf_moe_ep.training
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_negative_sampling_is_refused():
