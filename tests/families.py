@@ -260,6 +260,7 @@ def tiny_model(
     """A tiny model on CPU in eval mode; a seed gives the same weights for every implementation.
 
     Every parameter is drawn anew: zeros, ones and tiny values, where models start, hide errors.
+    `dtype` casts all of them, also those that a family keeps in fp32 (inkling2 then cannot run).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -5,6 +5,7 @@ they meet in their model, against fp64. A gate that is not known to the kernels 
 """
 
 import copy
+import functools
 import types
 
 import pytest
@@ -84,14 +85,15 @@ def captured_calls(family):
     return captured
 
 
-def run_experts(forward, module, args, dtype):
-    """Output and gradients of x, routing weights and parameters, the whole call in `dtype`."""
+def run_experts(forward, module, args, dtype, routing_dtype=None):
+    """Output and gradients of x, routing weights and parameters, all in `dtype` but the routing."""
     module = copy.deepcopy(module).to(dtype)
     x, ids, weights = args
-    x, weights = (t.to(dtype, copy=True).requires_grad_() for t in (x, weights))
+    x = x.to(dtype, copy=True).requires_grad_()
+    weights = weights.to(routing_dtype or dtype, copy=True).requires_grad_()
     output = forward(module, x, ids, weights)
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    probe = probe.bfloat16().to(dtype)  # the same values in every dtype
+    probe = probe.bfloat16().to(output.dtype)  # the same values in every dtype
     (output * probe).sum().backward()
     results = {"output": output.detach(), "x": x.grad, "top_k_weights": weights.grad}
     return results | {n: p.grad for n, p in module.named_parameters()}
@@ -103,23 +105,31 @@ def rms_error(value, reference):
     return ((value - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# (experts, routing weights): about half of the routers give fp32 weights to a bf16 model's experts
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtype, routing_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
-def test_experts_are_as_exact_as_grouped_mm(family, dtype):
-    """Bound by the error of transformers' grouped_mm in the same dtype, from the same values."""
+def test_experts_are_as_exact_as_grouped_mm(family, dtype, routing_dtype):
+    """Bound by the error of transformers' grouped_mm in the same dtypes, from the same values."""
     fastmoe = ALL_EXPERTS_FUNCTIONS["fastmoe"]
     eps = torch.finfo(dtype).eps
-    for module, args in captured_calls(family):
-        args = [a.to(dtype) if a.is_floating_point() else a for a in args]
-        module = module.to(dtype)  # round once, so that fp64 starts from what dtype can hold
+    for module, (x, ids, weights) in captured_calls(family):
+        # rounded once, so that fp64 starts from what the dtypes can hold
+        module, args = module.to(dtype), (x.to(dtype), ids, weights.to(routing_dtype))
         truth = run_experts(batched_mm_experts_forward, module, args, torch.float64)
-        peer = run_experts(grouped_mm_experts_forward, module, args, dtype)
-        ours = run_experts(fastmoe, module, args, dtype)
+        peer = run_experts(grouped_mm_experts_forward, module, args, dtype, routing_dtype)
+        ours = run_experts(fastmoe, module, args, dtype, routing_dtype)
         for name, want in truth.items():
             yardstick = rms_error(peer[name], want)
             # 32 rather than a few: at its limit a clamp's gradient jumps, and rounding crosses it
             assert yardstick < 32 * eps, f"{name}: the yardstick itself is off"
-            assert ours[name].dtype == dtype, name
+            assert ours[name].dtype == peer[name].dtype, name
             assert rms_error(ours[name], want) < 2 * yardstick + eps, name
 
 
@@ -213,6 +223,49 @@ def test_an_altered_gate_may_have_parameters(poisoned_memory):
     module.__class__ = type("Tempered", (type(module),), {"_apply_gate": tempered})
     assert_follows(module, args)  # among the gradients: temperature's
     assert_sentinels_are_inert(module, args)
+
+
+# gate_of knows gates by name and act_fn by type alone. Strict: its repair has to remove these marks.
+GATE_OF = pytest.mark.xfail(
+    strict=True, reason="a gate changed in place is fused as if it were not"
+)
+
+
+@GATE_OF
+def test_a_wrapped_gate_runs_as_written(monkeypatch):
+    """functools.wraps gives a wrapper the name of the method that it replaces."""
+    module, args = experts_and_inputs("gpt_oss")
+    before, original = assert_follows(module, args), type(module)._apply_gate
+
+    @functools.wraps(original)
+    def doubled(self, gate_up):
+        return 2 * original(self, gate_up)
+
+    monkeypatch.setattr(type(module), "_apply_gate", doubled)
+    assert relative_error(assert_follows(module, args), before) > 1e-2
+
+
+@GATE_OF
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
+def test_an_act_fn_changed_in_place_is_the_one_that_runs(name, how):
+    module, args = experts_and_inputs(name)
+    before = assert_follows(module, args)
+    if how == "hook":
+        module.act_fn.register_forward_hook(lambda act, args, output: 3 * output)
+    elif how == "pre-hook":
+        module.act_fn.register_forward_pre_hook(lambda act, args: (args[0] - 1,))
+    else:
+        module.act_fn.forward = torch.tanh
+    assert relative_error(assert_follows(module, args), before) > 1e-2
+
+
+@GATE_OF
+@pytest.mark.parametrize("name", ["gpt_oss", "openai_privacy_filter"])
+def test_gate_constants_may_be_learned(name):
+    module, args = experts_and_inputs(name)
+    module.alpha = nn.Parameter(torch.tensor(1.3))
+    assert_follows(module, args)  # among the gradients: alpha's
 
 
 class SteepSiLU(nn.SiLU):
