@@ -24,7 +24,9 @@ class Problem:
     skew: float = 0.0  # exponent of a Zipf prior over the experts; 0 is uniform
     routing: str = "random"  # "random" | "one_expert" | "few_experts"
     sentinels: float = 0.0
-    gate: str | None = "silu"  # activation of the gate, or of an ungated expert; "clamped" is gpt-oss's gate
+    gate: str | None = (
+        "silu"  # activation of the gate, or of an ungated expert; "clamped" is gpt-oss's gate
+    )
     gated: bool = True
     bias: bool = False
     transposed: bool = False
@@ -94,7 +96,15 @@ EDGE = (
     replace(_SMALL, name="transposed_odd", T=37, H=33, I=27, transposed=True),
     replace(_SMALL, name="bias", bias=True),
     replace(_SMALL, name="gpt_oss", gate="clamped", bias=True, transposed=True, interleaved=True),
-    replace(_SMALL, name="gpt_oss_sentinels", gate="clamped", bias=True, transposed=True, interleaved=True, sentinels=0.4),
+    replace(
+        _SMALL,
+        name="gpt_oss_sentinels",
+        gate="clamped",
+        bias=True,
+        transposed=True,
+        interleaved=True,
+        sentinels=0.4,
+    ),
     replace(_SMALL, name="privacy_filter", gate="clamped", bias=True, transposed=True),
     replace(_SMALL, name="geglu", gate="gelu"),
     replace(_SMALL, name="geglu_tanh", gate="gelu_tanh"),
@@ -104,7 +114,9 @@ EDGE = (
 )
 
 
-def make_routing(p: Problem, device: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def make_routing(
+    p: Problem, device: str, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k ids without repetition and renormalised weights, fp32; sentinels get id E + something and weight 0."""
     logits = torch.randn(p.T, p.E, generator=generator, device=device)
     if p.skew:
@@ -127,7 +139,9 @@ def make_inputs(p: Problem, dtype: torch.dtype, device: str = "cpu", seed: int =
     gen = torch.Generator(device=device).manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=gen, device=device, dtype=torch.float32) * scale).to(dtype)
+        return (torch.randn(*shape, generator=gen, device=device, dtype=torch.float32) * scale).to(
+            dtype
+        )
 
     rows = 2 * p.I if p.gated else p.I
     up_shape = (p.E, p.H, rows) if p.transposed else (p.E, rows, p.H)

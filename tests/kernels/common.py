@@ -20,7 +20,9 @@ def gate_of(p: Problem) -> fastmoe.Gate:
 
 def run(function, p: Problem, inputs: Inputs, dtype: torch.dtype | None = None, **options):
     """The output and every gradient by name, in `dtype` or the inputs' own."""
-    leaves = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.leaves().items()}
+    leaves = {
+        k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.leaves().items()
+    }
     out = function(
         leaves["x"], inputs.top_k_index, leaves["top_k_weights"], leaves["up"], leaves["down"],
         up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"),

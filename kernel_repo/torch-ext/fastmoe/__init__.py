@@ -1,9 +1,18 @@
 """fastmoe: the experts of a Mixture-of-Experts layer as one differentiable operator. Names in `__all__` are the API."""
 
+from . import layers
 from .device import backend_name
 from .gates import Gate
 from .moe import fused_experts
 from .reference import reference_experts
 from .routing import Routing, route
 
-__all__ = ["Gate", "Routing", "backend_name", "fused_experts", "reference_experts", "route"]
+__all__ = [
+    "Gate",
+    "Routing",
+    "backend_name",
+    "fused_experts",
+    "layers",
+    "reference_experts",
+    "route",
+]

@@ -40,7 +40,20 @@ class FusedExperts(torch.autograd.Function):
     """up -> gate -> down -> weighted sum. Saves x, h and the routing; never y, never a permuted copy of x."""
 
     @staticmethod
-    def forward(ctx, x, weights, up, down, up_bias, down_bias, top_k_index, gate, transposed, block_m, *routing):
+    def forward(
+        ctx,
+        x,
+        weights,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        top_k_index,
+        gate,
+        transposed,
+        block_m,
+        *routing,
+    ):
         layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
         out, h = fused_forward(x, weights, up, down, up_bias, down_bias, layer, gate, True)
         ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing)
@@ -52,18 +65,22 @@ class FusedExperts(torch.autograd.Function):
         _refuse_second_derivatives(grad)
         x, weights, up, down, up_bias, down_bias, ids, h, *routing = ctx.saved_tensors
         layer = Layer(routing, ctx.block_m, ids.shape[1], ctx.transposed)
-        need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = ctx.needs_input_grad[:6]
+        need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = (
+            ctx.needs_input_grad[:6]
+        )
         gate = ctx.gate
         _release_saved(ctx)
         grad = grad.contiguous()
         d_x = d_weights = d_up = d_down = d_up_bias = d_down_bias = None
 
-        grad_h, a, dots = ops.gate_backward(grad, weights, down, h, *layer.args, gate, layer.transposed, need_down)
+        grad_h, a, dots = ops.gate_backward(
+            grad, weights, down, h, *layer.args, gate, layer.transposed, need_down, need_weights
+        )
         del h
         if need_weights:
-            d_weights = ops.routing_weight_grad(dots, *layer.args, weights.dtype)
             if down_bias is not None:
-                d_weights = (d_weights + down_bias_dots(grad, down_bias, ids)).to(weights.dtype)
+                dots = dots + down_bias_dots(grad, down_bias, ids)
+            d_weights = dots.to(weights.dtype)
         if need_down:
             d_down = ops.weight_grad(a, grad, *layer.args, True, not layer.transposed)
         del a
@@ -91,7 +108,9 @@ class GroupedLinear(torch.autograd.Function):
         layer = Layer(list(routing), block_m, top_k, transposed)
         ctx.save_for_backward(rows, w, bias, *routing)
         ctx.gather, ctx.layer_numbers = gather, (block_m, top_k, transposed)
-        return _zero_tail(ops.grouped_linear(rows, w, bias, *layer.args, transposed, gather), routing)
+        return _zero_tail(
+            ops.grouped_linear(rows, w, bias, *layer.args, transposed, gather), routing
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -107,7 +126,9 @@ class GroupedLinear(torch.autograd.Function):
             d_bias = ops.bias_grad(grad, None, *layer.args, False, bias.dtype)
         if need_rows:
             d_rows = ops.grouped_linear(grad, w, None, *layer.args, not layer.transposed, False)
-            d_rows = ops.combine(d_rows, None, *layer.args) if gather else _zero_tail(d_rows, routing)
+            d_rows = (
+                ops.combine(d_rows, None, *layer.args) if gather else _zero_tail(d_rows, routing)
+            )
         return d_rows, d_w, d_bias, *[None] * (4 + len(routing))
 
 
@@ -124,7 +145,9 @@ class Combine(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_second_derivatives(grad)
         y, weights, *routing = ctx.saved_tensors
-        d_y, d_weights = ops.combine_backward(grad.contiguous(), y, weights, routing, ctx.block_m, weights.shape[1])
+        d_y, d_weights = ops.combine_backward(
+            grad.contiguous(), y, weights, routing, ctx.block_m, weights.shape[1]
+        )
         return d_y, d_weights, None, *[None] * len(routing)
 
 

@@ -62,12 +62,20 @@ def routing_weight_grad(dots: torch.Tensor, r: Routing, dtype: torch.dtype) -> t
     if dots.shape[0]:
         block = 128
         routing_weight_grad_kernel[(-(-dots.shape[0] // block),)](
-            dots, r.inv_perm, out, dots.shape[0], dots.shape[1], block, _next_power_of_2(dots.shape[1])
+            dots,
+            r.inv_perm,
+            out,
+            dots.shape[0],
+            dots.shape[1],
+            block,
+            _next_power_of_2(dots.shape[1]),
         )
     return out
 
 
-def down_bias_dots(grad: torch.Tensor, down_bias: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+def down_bias_dots(
+    grad: torch.Tensor, down_bias: torch.Tensor, top_k_index: torch.Tensor
+) -> torch.Tensor:
     """(T, K) fp32: <grad[t], down_bias[e]> of every slot, zero at sentinels: the bias's part of a routing weight's
     gradient, as one small GEMM (T, H) x (H, E)."""
     experts = down_bias.shape[0]

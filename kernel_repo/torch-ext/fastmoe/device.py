@@ -36,7 +36,11 @@ def backend_name(tensor: torch.Tensor) -> str:
 @lru_cache
 def num_programs(device: torch.device) -> int:
     """Programs of a persistent grid: one for each multiprocessor; four under the interpreter."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return (
+        4
+        if device.type == "cpu"
+        else torch.cuda.get_device_properties(device).multi_processor_count
+    )
 
 
 @lru_cache
@@ -49,4 +53,8 @@ def has_tma(device: torch.device) -> bool:
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """Triton's name for how fp32 operands are multiplied: as torch's own matmul is set to do it."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return (
+        "tf32"
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        else "ieee"
+    )

@@ -43,7 +43,9 @@ class Gate:
                 "pass the gate as a function of the up projection instead"
             )
         if self.alpha != 1.0 and self.activation != "silu":
-            raise ValueError(f"alpha={self.alpha} only applies to 'silu', not to {self.activation!r}")
+            raise ValueError(
+                f"alpha={self.alpha} only applies to 'silu', not to {self.activation!r}"
+            )
         if not self.limit > 0:
             raise ValueError(f"limit={self.limit} must be positive; leave it out for no limit")
         if not self.gated and (self.interleaved or self.up_offset != 0.0 or self.limit != math.inf):

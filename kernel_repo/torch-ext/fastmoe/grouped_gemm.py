@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import tuning
+from . import hopper, tuning
 from .backends import torch_ops
 from .device import backend_name, has_tma, matmul_precision, num_programs
 from .gates import Gate
@@ -18,15 +18,23 @@ _TMA_ALIGNMENT = 16  # bytes, of base and row stride
 
 
 def up_gate(
-    x: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, r: Routing, gate: Gate, transposed: bool, keep_h: bool
+    x: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor | None,
+    r: Routing,
+    gate: Gate,
+    transposed: bool,
+    keep_h: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(h (S, U), a (S, I)): h = x[token] @ up[e] + bias and a = gate(h). h is empty (0,) unless `keep_h`."""
     if backend_name(x) == "torch":
-        return torch_ops.up_gate(x, up, bias, r, gate, transposed)
-    from .backends.triton.gated import up_gate_kernel
-
+        return torch_ops.up_gate(x, up, bias, r, gate, transposed, keep_h)
     rows, (width, depth) = r.perm.numel(), _out_in(up, transposed)
     inner = width // 2 if gate.gated else width
+    if hopper.serves(x, up, r) and not (transposed and gate.gated and not gate.interleaved):
+        return hopper.up_gate(x, up, bias, r, gate, transposed, keep_h, inner)
+    from .backends.triton.gated import up_gate_kernel
+
     h = x.new_empty((rows, width) if keep_h else 0)
     a = x.new_empty(rows, inner)
     c = tuning.gemm_config("up_gate", x.device, x.dtype, r.block_m, wide=gate.gated)
@@ -44,7 +52,12 @@ def up_gate(
 
 
 def grouped_linear(
-    rows: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, r: Routing, transposed: bool, gather: bool
+    rows: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    r: Routing,
+    transposed: bool,
+    gather: bool,
 ) -> torch.Tensor:
     """(S, N): every row (S, K) times its expert's weight (E, N, K); `gather` takes the row's token from (T, K) first."""
     if backend_name(rows) == "torch":
@@ -76,10 +89,12 @@ def gate_backward(
     what the down weight's gradient needs, and empty (0,) unless `keep_a`.
     """
     if backend_name(grad) == "torch":
-        return torch_ops.gate_backward(grad, weights, down, h, r, gate, transposed)
+        return torch_ops.gate_backward(grad, weights, down, h, r, gate, transposed, keep_a)
+    rows, (depth, inner) = r.perm.numel(), _out_in(down, transposed)
+    if hopper.serves(grad, down, r):
+        return hopper.gate_backward(grad, weights, down, h, r, gate, not transposed, keep_a, inner)
     from .backends.triton.gated import gate_backward_kernel
 
-    rows, (depth, inner) = r.perm.numel(), _out_in(down, transposed)
     c = tuning.gemm_config("gate_backward", grad.device, grad.dtype, r.block_m)
     n_tiles = -(-inner // c.block_n)
     grad_h = torch.empty_like(h)
@@ -94,13 +109,17 @@ def gate_backward(
     return grad_h, a, dots
 
 
-def weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing, gather: bool, transpose_out: bool) -> torch.Tensor:
+def weight_grad(
+    p: torch.Tensor, q: torch.Tensor, r: Routing, gather: bool, transpose_out: bool
+) -> torch.Tensor:
     """(E, P, Q), or (E, Q, P) with `transpose_out`: per expert, the sum over its rows of p[row]^T q[row].
 
     p (S, P) is sorted by expert and finite in the rows of every tile in use; q is (S, Q), or (T, Q) with `gather`.
     """
     if backend_name(p) == "torch":
         return torch_ops.weight_grad(p, q, r, gather, transpose_out)
+    if gather and hopper.serves_weight_grad(p, q, r):
+        return hopper.weight_grad(p, q, r, transpose_out)
     from .backends.triton.weight_grad import weight_grad_kernel
 
     shape = (q.shape[1], p.shape[1]) if transpose_out else (p.shape[1], q.shape[1])
@@ -138,13 +157,6 @@ def bias_grad(
         splits, block_r, block_n,
     )  # fmt: skip
     return partial.sum(0).to(dtype)
-
-
-def dot_columns(grad: torch.Tensor, inner: int, block_m: int) -> int:
-    """n of the dots (S, n) that gate_backward returns: its column tiles, 1 without Triton."""
-    if not block_m:
-        return 1
-    return -(-inner // tuning.gemm_config("gate_backward", grad.device, grad.dtype, block_m).block_n)
 
 
 def _out_in(w: torch.Tensor, transposed: bool) -> tuple[int, int]:
@@ -191,7 +203,9 @@ def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: in
 def _gate_up_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
     """The same for a concatenated gate and up weight, its 2I columns split in two so that one box holds both parts."""
     experts, inner = w.shape[0], (w.shape[2] if transposed else w.shape[1]) // 2
-    if not _tma_serves(w) or (transposed and (w.shape[1] % block_k or inner * w.element_size() % _TMA_ALIGNMENT)):
+    if not _tma_serves(w) or (
+        transposed and (w.shape[1] % block_k or inner * w.element_size() % _TMA_ALIGNMENT)
+    ):
         return w, False
     if transposed:
         return _descriptor(w.view(experts * w.shape[1], 2, inner), block_k, 2, block_n), True

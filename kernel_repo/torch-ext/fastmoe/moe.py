@@ -58,7 +58,18 @@ def fused_experts(
     """
     up, down, is_transposed = _plain_layout(up, down, is_transposed)
     gated = not isinstance(gate, Gate) or gate.gated
-    _validate(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, is_transposed, gated, isinstance(gate, Gate))
+    _validate(
+        x,
+        top_k_index,
+        top_k_weights,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        is_transposed,
+        gated,
+        isinstance(gate, Gate),
+    )
     if os.environ.get("HF_MOE_EP_CHECK") == "1":
         _check_values(x, top_k_index, top_k_weights, up.shape[0])
 
@@ -77,7 +88,9 @@ def fused_experts(
     else:
         layout = (ids.shape[1], is_transposed, block_m, *routing)
         h = GroupedLinear.apply(rows, up, up_bias, True, *layout)
-        y = GroupedLinear.apply(gate(h).to(down.dtype).contiguous(), down, down_bias, False, *layout)
+        y = GroupedLinear.apply(
+            gate(h).to(down.dtype).contiguous(), down, down_bias, False, *layout
+        )
         if post_norm is not None:
             y = post_norm(y).contiguous()
         out = Combine.apply(y, weights, block_m, *routing)
@@ -94,7 +107,9 @@ def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, T
 
 def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, fused) -> None:
     if up.dim() != 3 or down.dim() != 3:
-        raise ValueError(f"up and down must be stacks of matrices (E, ., .), got {_shape(up)} and {_shape(down)}")
+        raise ValueError(
+            f"up and down must be stacks of matrices (E, ., .), got {_shape(up)} and {_shape(down)}"
+        )
     for name, t in (("up", up), ("down", down)):
         if t.dtype not in _FLOATS:
             raise ValueError(
@@ -102,13 +117,26 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
                 'or use experts_implementation="grouped_mm"'
             )
     experts, width, hidden = up.shape if not transposed else (up.shape[0], up.shape[2], up.shape[1])
-    _, out_width, inner = down.shape if not transposed else (down.shape[0], down.shape[2], down.shape[1])
+    _, out_width, inner = (
+        down.shape if not transposed else (down.shape[0], down.shape[2], down.shape[1])
+    )
     if x.dim() != 2 or x.shape[1] != hidden or not x.is_floating_point():
-        raise ValueError(f"x must be (T, {hidden}) floats to match up {_shape(up)}, got {_shape(x)} {x.dtype}")
-    if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.shape[0] != x.shape[0] or not ids.shape[1]:
-        raise ValueError(f"top_k_index must be ({x.shape[0]}, K) int32 or int64, got {_shape(ids)} {ids.dtype}")
+        raise ValueError(
+            f"x must be (T, {hidden}) floats to match up {_shape(up)}, got {_shape(x)} {x.dtype}"
+        )
+    if (
+        ids.dim() != 2
+        or ids.dtype not in (torch.int32, torch.int64)
+        or ids.shape[0] != x.shape[0]
+        or not ids.shape[1]
+    ):
+        raise ValueError(
+            f"top_k_index must be ({x.shape[0]}, K) int32 or int64, got {_shape(ids)} {ids.dtype}"
+        )
     if weights.shape != ids.shape or not weights.is_floating_point():
-        raise ValueError(f"top_k_weights must be {_shape(ids)} floats, got {_shape(weights)} {weights.dtype}")
+        raise ValueError(
+            f"top_k_weights must be {_shape(ids)} floats, got {_shape(weights)} {weights.dtype}"
+        )
     expected = 2 * inner if gated else inner
     if down.shape[0] != experts or out_width != hidden or (fused and width != expected):
         raise ValueError(
@@ -118,10 +146,22 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
         )
     for name, bias, n in (("up_bias", up_bias, width), ("down_bias", down_bias, hidden)):
         if bias is not None and (tuple(bias.shape) != (experts, n) or bias.dtype != up.dtype):
-            raise ValueError(f"{name} must be {(experts, n)} {up.dtype}, got {_shape(bias)} {bias.dtype}")
+            raise ValueError(
+                f"{name} must be {(experts, n)} {up.dtype}, got {_shape(bias)} {bias.dtype}"
+            )
     if down.dtype != up.dtype:
-        raise ValueError(f"up is {up.dtype} and down {down.dtype}; both weights must share one dtype")
-    tensors = dict(x=x, top_k_index=ids, top_k_weights=weights, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+        raise ValueError(
+            f"up is {up.dtype} and down {down.dtype}; both weights must share one dtype"
+        )
+    tensors = dict(
+        x=x,
+        top_k_index=ids,
+        top_k_weights=weights,
+        up=up,
+        down=down,
+        up_bias=up_bias,
+        down_bias=down_bias,
+    )
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         raise ValueError(f"all inputs must be on one device, got {devices}")
@@ -132,7 +172,9 @@ def _check_values(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> 
     if ids.numel() == 0:
         return
     if int(ids.min()) < 0:
-        raise ValueError(f"top_k_index holds the negative id {int(ids.min())}; ids run from 0 to {num_experts - 1}")
+        raise ValueError(
+            f"top_k_index holds the negative id {int(ids.min())}; ids run from 0 to {num_experts - 1}"
+        )
     weighted = (ids >= num_experts) & (weights != 0)
     if bool(weighted.any()):
         raise ValueError(

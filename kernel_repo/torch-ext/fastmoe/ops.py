@@ -39,7 +39,10 @@ def _fake_route(ids, num_experts, block_m):
     return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
-@_op("(Tensor ids, int num_experts, int block_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_route)
+@_op(
+    "(Tensor ids, int num_experts, int block_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_route,
+)
 def route(ids, num_experts, block_m):
     return tuple(_route(ids, num_experts, block_m).tensors())
 
@@ -74,23 +77,35 @@ def _fake_grouped_linear(rows, w, bias, routing, block_m, top_k, transposed, gat
     _fake_grouped_linear,
 )
 def grouped_linear(rows, w, bias, routing, block_m, top_k, transposed, gather):
-    return _gemm.grouped_linear(rows, w, bias, Routing(*routing, block_m, top_k), transposed, gather)
+    return _gemm.grouped_linear(
+        rows, w, bias, Routing(*routing, block_m, top_k), transposed, gather
+    )
 
 
-def _fake_gate_backward(grad, weights, down, h, routing, block_m, top_k, gate, transposed, keep_a):
-    rows, inner = h.shape[0], down.shape[1] if transposed else down.shape[2]
-    dots = grad.new_empty(rows, _gemm.dot_columns(grad, inner, block_m), dtype=torch.float32)
-    return torch.empty_like(h), grad.new_empty((rows, inner) if keep_a else (0,)), dots
+def _fake_gate_backward(
+    grad, weights, down, h, routing, block_m, top_k, gate, transposed, keep_a, keep_dots
+):
+    inner = down.shape[1] if transposed else down.shape[2]
+    a = grad.new_empty((h.shape[0], inner) if keep_a else (0,))
+    dots = weights.new_empty(weights.shape if keep_dots else (0,), dtype=torch.float32)
+    return torch.empty_like(h), a, dots
 
 
 @_op(
     "(Tensor grad, Tensor weights, Tensor down, Tensor h, Tensor[] routing, int block_m, int top_k, str gate,"
-    " bool transposed, bool keep_a) -> (Tensor, Tensor, Tensor)",
+    " bool transposed, bool keep_a, bool keep_dots) -> (Tensor, Tensor, Tensor)",
     _fake_gate_backward,
 )
-def gate_backward(grad, weights, down, h, routing, block_m, top_k, gate, transposed, keep_a):
+def gate_backward(
+    grad, weights, down, h, routing, block_m, top_k, gate, transposed, keep_a, keep_dots
+):
     r = Routing(*routing, block_m, top_k)
-    return _gemm.gate_backward(grad, weights, down, h, r, Gate.from_spec(gate), transposed, keep_a)
+    grad_h, a, dots = _gemm.gate_backward(
+        grad, weights, down, h, r, Gate.from_spec(gate), transposed, keep_a
+    )
+    if not keep_dots:
+        return grad_h, a, weights.new_empty(0, dtype=torch.float32)
+    return grad_h, a, _combine.routing_weight_grad(dots, r, torch.float32)
 
 
 def _fake_weight_grad(p, q, routing, block_m, top_k, gather, transpose_out):
@@ -122,7 +137,9 @@ def _fake_combine(y, weights, routing, block_m, top_k):
     return y.new_empty(routing[1].shape[0] // top_k, y.shape[1])
 
 
-@_op("(Tensor y, Tensor? weights, Tensor[] routing, int block_m, int top_k) -> Tensor", _fake_combine)
+@_op(
+    "(Tensor y, Tensor? weights, Tensor[] routing, int block_m, int top_k) -> Tensor", _fake_combine
+)
 def combine(y, weights, routing, block_m, top_k):
     return _combine.combine(y, weights, Routing(*routing, block_m, top_k))
 
@@ -137,12 +154,3 @@ def _fake_combine_backward(grad, y, weights, routing, block_m, top_k):
 )
 def combine_backward(grad, y, weights, routing, block_m, top_k):
     return _combine.combine_backward(grad, y, weights, Routing(*routing, block_m, top_k))
-
-
-def _fake_routing_weight_grad(dots, routing, block_m, top_k, dtype):
-    return dots.new_empty(dots.shape[0] // top_k, top_k, dtype=dtype)
-
-
-@_op("(Tensor dots, Tensor[] routing, int block_m, int top_k, ScalarType dtype) -> Tensor", _fake_routing_weight_grad)
-def routing_weight_grad(dots, routing, block_m, top_k, dtype):
-    return _combine.routing_weight_grad(dots, Routing(*routing, block_m, top_k), dtype)

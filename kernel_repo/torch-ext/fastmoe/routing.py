@@ -24,7 +24,9 @@ class Routing:
     perm: torch.Tensor  # (S,) row -> slot; undefined at rows >= offsets[-1]. [1, 0, 2, 3]
     inv_perm: torch.Tensor  # (S,) slot -> row; -1 for a sentinel. [1, 0, 2, -1]
     offsets: torch.Tensor  # (E+1,) first row of each expert, then the number of rows. [0, 1, 3]
-    tiles: torch.Tensor  # (M, 2) expert and first row of each tile of block_m rows; Triton only. [[0, 0], [1, 1]]
+    tiles: (
+        torch.Tensor
+    )  # (M, 2) expert and first row of each tile of block_m rows; Triton only. [[0, 0], [1, 1]]
     num_tiles: torch.Tensor  # (1,) how many rows of `tiles` are in use; Triton only. [2]
     block_m: int  # rows of a tile; 0 where no tile map is built. 16
     top_k: int  # K. 2

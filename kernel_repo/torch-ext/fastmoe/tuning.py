@@ -28,7 +28,9 @@ class GemmConfig:
     num_stages: int
     group_m: int = 8
     flatten: bool = False  # one loop over tiles and depth, so that a tile's loads start during its predecessor's end
-    ctas: int = 1  # programs for each multiprocessor: two hide one's epilogue behind the other's GEMM
+    ctas: int = (
+        1  # programs for each multiprocessor: two hide one's epilogue behind the other's GEMM
+    )
 
     def shared_memory(self, itemsize: int, columns: int) -> int:
         """Bytes of operand tiles in flight: num_stages of (block_m + columns) x block_k."""
@@ -48,7 +50,9 @@ def bucket(num_slots: int, num_experts: int) -> int:
     return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
 
 
-def gemm_config(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, wide: bool = False) -> GemmConfig:
+def gemm_config(
+    kernel: str, device: torch.device, dtype: torch.dtype, rows: int, wide: bool = False
+) -> GemmConfig:
     """The config of `kernel` ("up_gate", "linear", "gate_backward", "weight_grad") in bucket `rows`.
 
     `wide`: the kernel holds gate and up columns at once. Raises KeyError for an unknown kernel. Row tiles are as tall
@@ -68,7 +72,10 @@ def _table(device: torch.device) -> tuple[dict[str, dict[str, GemmConfig]], int]
     """The configs for a device, and its shared memory for one program in bytes."""
     name, limit = config_name(device)
     data = json.loads((files(__package__) / "configs" / f"{name}.json").read_text())
-    return {b: {k: GemmConfig(**c) for k, c in kernels.items()} for b, kernels in data["buckets"].items()}, limit
+    return {
+        b: {k: GemmConfig(**c) for k, c in kernels.items()}
+        for b, kernels in data["buckets"].items()
+    }, limit
 
 
 def config_name(device: torch.device) -> tuple[str, int]:

@@ -24,10 +24,11 @@ def route_slots(ids: torch.Tensor, num_experts: int):
     return perm.int(), inv_perm, offsets, no_tiles, offsets.new_zeros(1)
 
 
-def up_gate(x, up, up_bias, r, gate, transposed):
-    """(h, a): the up projection of every row's token, and its activation."""
+def up_gate(x, up, up_bias, r, gate, transposed, keep_h):
+    """(h, a): the up projection of every row's token, empty unless `keep_h`, and its activation."""
     h = grouped_linear(x, up, up_bias, r, transposed, gather=True)
-    return h, gate(h)
+    a = gate(h)
+    return (h if keep_h else h.new_empty(0)), a
 
 
 def grouped_linear(rows, w, bias, r, transposed, gather):
@@ -38,14 +39,15 @@ def grouped_linear(rows, w, bias, r, transposed, gather):
     return out if bias is None else out + bias[_row_experts(r)]
 
 
-def gate_backward(grad, weights, down, h, r, gate, transposed):
-    """(grad_h, weighted a, <grad of y, y> as (S, 1) fp32 less its bias part): see `grouped_gemm.gate_backward`."""
+def gate_backward(grad, weights, down, h, r, gate, transposed, keep_a):
+    """(grad_h, weighted a, <grad of y, y> as (S, 1) less its bias part): see `grouped_gemm.gate_backward`."""
     grad_a = grouped_linear(grad, down, None, r, not transposed, gather=True)
     a = gate(h)
     w = weights.reshape(-1)[r.perm.long()].unsqueeze(1)
-    dot = (grad_a.float() * a.float()).sum(-1, keepdim=True)
-    grad_h = gate.backward(h, grad_a * w.to(torch.promote_types(grad_a.dtype, w.dtype)))
-    return grad_h, (a * w).to(a.dtype), dot
+    wide = torch.promote_types(h.dtype, torch.float32)
+    dot = (grad_a.to(wide) * a).sum(-1, keepdim=True)
+    grad_h = gate.backward(h, grad_a * w)
+    return grad_h, ((a * w).to(a.dtype) if keep_a else a.new_empty(0)), dot
 
 
 def weight_grad(p, q, r, gather, transpose_out):
@@ -132,7 +134,11 @@ def _outer_products(a: torch.Tensor, b: torch.Tensor, r) -> torch.Tensor:
 
 def _serves_grouped_mm(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether torch's grouped_mm takes these operands: 16-bit or fp32, strides that are multiples of 16 bytes."""
-    if not hasattr(F, "grouped_mm") or a.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not hasattr(F, "grouped_mm") or a.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         return False
     return all(_aligned(t) for t in (a, b))
 

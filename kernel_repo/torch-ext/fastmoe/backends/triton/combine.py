@@ -8,7 +8,16 @@ import triton.language as tl
 
 
 @triton.jit
-def combine_kernel(y_ptr, weights_ptr, inv_perm_ptr, out_ptr, H, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_H: tl.constexpr):
+def combine_kernel(
+    y_ptr,
+    weights_ptr,
+    inv_perm_ptr,
+    out_ptr,
+    H,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """out[t] = sum over k, in order and in fp32, of weight * y[row of slot (t, k)]; sentinels are skipped."""
     t = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -16,7 +25,9 @@ def combine_kernel(y_ptr, weights_ptr, inv_perm_ptr, out_ptr, H, TOP_K: tl.const
     for k in tl.static_range(TOP_K):
         slot = t.to(tl.int64) * TOP_K + k
         row = tl.load(inv_perm_ptr + slot)
-        part = tl.load(y_ptr + row.to(tl.int64) * H + cols, mask=(cols < H) & (row >= 0), other=0.0).to(tl.float32)
+        part = tl.load(
+            y_ptr + row.to(tl.int64) * H + cols, mask=(cols < H) & (row >= 0), other=0.0
+        ).to(tl.float32)
         if WEIGHTED:
             part *= tl.load(weights_ptr + slot).to(tl.float32)
         acc += part
@@ -39,14 +50,22 @@ def combine_backward_kernel(
         cols = h0 + tl.arange(0, BLOCK_H)
         inside = cols < H
         g = tl.load(grad_ptr + token * H + cols, mask=inside & exists, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + row.to(tl.int64) * H + cols, mask=inside & exists, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row.to(tl.int64) * H + cols, mask=inside & exists, other=0.0).to(
+            tl.float32
+        )
         dot += g * y
-        tl.store(grad_y_ptr + row.to(tl.int64) * H + cols, (g * weight).to(grad_y_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_y_ptr + row.to(tl.int64) * H + cols,
+            (g * weight).to(grad_y_ptr.dtype.element_ty),
+            mask=inside,
+        )
     tl.store(dots_ptr + row, tl.sum(dot, 0))
 
 
 @triton.jit
-def routing_weight_grad_kernel(dots_ptr, inv_perm_ptr, out_ptr, S, n, BLOCK_S: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def routing_weight_grad_kernel(
+    dots_ptr, inv_perm_ptr, out_ptr, S, n, BLOCK_S: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
     """out[slot] = the sum of the n columns of dots at the slot's row, zero for a sentinel."""
     slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     rows = tl.load(inv_perm_ptr + slots, mask=slots < S, other=-1)

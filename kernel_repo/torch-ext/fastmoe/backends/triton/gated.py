@@ -19,7 +19,9 @@ def _erf_gelu(x):
 @triton.jit
 def _tanh_gelu(x):
     t = 2.0 * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0
-    slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (
+        1.0 + 0.134145 * x * x
+    )
     return 0.5 * x * (1.0 + t), slope
 
 
@@ -42,14 +44,18 @@ def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def gate_forward(g, u, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+def gate_forward(
+    g, u, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
+):
     """(a, da/dg, da/du) of the gated activation at fp32 g and u; LIMIT is infinite where there is none."""
     if LIMIT == float("inf"):
         value, slope = activation(g, ACT, ALPHA)
         linear = u + OFFSET
         return value * linear, linear * slope, value
     else:
-        value, slope = activation(tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL), ACT, ALPHA)
+        value, slope = activation(
+            tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL), ACT, ALPHA
+        )
         linear = tl.clamp(u, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + OFFSET
         by_g = tl.where(g <= LIMIT, linear * slope, 0.0)
         by_u = tl.where(tl.abs(u) <= LIMIT, value, 0.0)
@@ -77,7 +83,9 @@ def up_gate_kernel(
         for k0 in range(0, K, BLOCK_K):
             x_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
             if GATED and not INTERLEAVED:
-                w_k = load_gate_up_weight(w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
+                w_k = load_gate_up_weight(
+                    w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED
+                )
             else:
                 w_k = load_weight(w, e, jn * WIDE, k0, U, K, WIDE, BLOCK_K, TMA_W, TRANSPOSED)
             acc = tl.dot(x_k, w_k, acc, input_precision=PRECISION)
@@ -89,7 +97,9 @@ def up_gate_kernel(
             wide = jn * WIDE + j
             inside = wide < U
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + e.to(tl.int64) * U + wide, mask=inside, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + e.to(tl.int64) * U + wide, mask=inside, other=0.0).to(
+                tl.float32
+            )[None, :]
         if STORE_H:
             at = h_ptr + rows.to(tl.int64)[:, None] * U + wide[None, :]
             tl.store(at, acc.to(h_ptr.dtype.element_ty), mask=exists[:, None] & inside[None, :])
@@ -122,7 +132,9 @@ def _gate_backward_columns(
     row = rows.to(tl.int64)[:, None]
     if INTERLEAVED:
         pairs = 2 * col0 + tl.arange(0, 2 * COLUMNS)
-        h = tl.load(h_ptr + row * U + pairs[None, :], mask=exists[:, None] & (pairs < U)[None, :], other=0.0)
+        h = tl.load(
+            h_ptr + row * U + pairs[None, :], mask=exists[:, None] & (pairs < U)[None, :], other=0.0
+        )
         g, u = tl.split(tl.reshape(h.to(tl.float32), (ROWS, COLUMNS, 2)))
     else:
         g = tl.load(h_ptr + row * U + cols[None, :], mask=reads, other=0.0).to(tl.float32)
@@ -135,14 +147,28 @@ def _gate_backward_columns(
     dots = tl.sum(d * a, 1)
     d *= s[:, None]
     if INTERLEAVED:
-        pair = tl.reshape(tl.join(d * by_g, d * by_u), (ROWS, 2 * COLUMNS)).to(grad_h_ptr.dtype.element_ty)
-        tl.store(grad_h_ptr + row * U + pairs[None, :], pair, mask=writes[:, None] & (pairs < U)[None, :])
+        pair = tl.reshape(tl.join(d * by_g, d * by_u), (ROWS, 2 * COLUMNS)).to(
+            grad_h_ptr.dtype.element_ty
+        )
+        tl.store(
+            grad_h_ptr + row * U + pairs[None, :], pair, mask=writes[:, None] & (pairs < U)[None, :]
+        )
     else:
-        tl.store(grad_h_ptr + row * U + cols[None, :], (d * by_g).to(grad_h_ptr.dtype.element_ty), mask=put)
+        tl.store(
+            grad_h_ptr + row * U + cols[None, :],
+            (d * by_g).to(grad_h_ptr.dtype.element_ty),
+            mask=put,
+        )
         if GATED:
-            tl.store(grad_h_ptr + row * U + I + cols[None, :], (d * by_u).to(grad_h_ptr.dtype.element_ty), mask=put)
+            tl.store(
+                grad_h_ptr + row * U + I + cols[None, :],
+                (d * by_u).to(grad_h_ptr.dtype.element_ty),
+                mask=put,
+            )
     if STORE_A:
-        tl.store(a_ptr + row * I + cols[None, :], (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=put)
+        tl.store(
+            a_ptr + row * I + cols[None, :], (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=put
+        )
     return dots
 
 
@@ -168,7 +194,9 @@ def gate_backward_kernel(
     for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
         e, row0, jn = tile_of(t, tiles_ptr, num_m, N_TILES, GROUP_M)
         end = tl.load(offsets_ptr + e + 1)
-        pointers, rows, exists = row_pointers(grad_ptr, perm_ptr, row0, end, K, BLOCK_M, TOP_K, True)
+        pointers, rows, exists = row_pointers(
+            grad_ptr, perm_ptr, row0, end, K, BLOCK_M, TOP_K, True
+        )
         d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             g_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)

@@ -33,7 +33,11 @@ def load_weight(
     else:
         n = n0 + tl.arange(0, BLOCK_N)[None, :]
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
-        at = w + e.to(tl.int64) * N * K + (k.to(tl.int64) * N + n if TRANSPOSED else n.to(tl.int64) * K + k)
+        at = (
+            w
+            + e.to(tl.int64) * N * K
+            + (k.to(tl.int64) * N + n if TRANSPOSED else n.to(tl.int64) * K + k)
+        )
         tile = tl.load(at, mask=(k < K) & (n < N), other=0.0)
     return tile
 
@@ -59,7 +63,11 @@ def load_gate_up_weight(
         col = col0 + j % BLOCK_N
         n = col + (j // BLOCK_N) * I
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
-        at = w + e.to(tl.int64) * 2 * I * K + (k.to(tl.int64) * 2 * I + n if TRANSPOSED else n.to(tl.int64) * K + k)
+        at = (
+            w
+            + e.to(tl.int64) * 2 * I * K
+            + (k.to(tl.int64) * 2 * I + n if TRANSPOSED else n.to(tl.int64) * K + k)
+        )
         tile = tl.load(at, mask=(k < K) & (col < I), other=0.0)
     return tile
 
@@ -71,7 +79,9 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(x_ptr, perm_ptr, row0, end, K, BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr):
+def row_pointers(
+    x_ptr, perm_ptr, row0, end, K, BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr
+):
     """Pointers (BLOCK_M, 1) to the first element of a tile's rows, the rows, and which of them exist."""
     rows = row0 + tl.arange(0, BLOCK_M)
     exists = rows < end
@@ -115,6 +125,8 @@ def grouped_linear_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + e.to(tl.int64) * N + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + e.to(tl.int64) * N + cols, mask=cols < N, other=0.0).to(
+                tl.float32
+            )[None, :]
         out = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None] & (cols < N)[None, :])

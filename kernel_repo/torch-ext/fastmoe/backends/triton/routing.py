@@ -7,7 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-_MIN_CHUNK, _MAX_CHUNKS = 256, 128  # a chunk is a power of two of slots; as many as fill an H200 once
+_MIN_CHUNK, _MAX_CHUNKS = (
+    256,
+    128,
+)  # a chunk is a power of two of slots; as many as fill an H200 once
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 
 
@@ -37,7 +40,9 @@ def place_kernel(
     total = tl.zeros((BLOCK_E,), tl.int32)
     for c0 in range(0, num_chunks, 16):
         c = c0 + tl.arange(0, 16)
-        counts = tl.load(counts_ptr + c[:, None] * BLOCK_E + e[None, :], mask=(c < num_chunks)[:, None], other=0)
+        counts = tl.load(
+            counts_ptr + c[:, None] * BLOCK_E + e[None, :], mask=(c < num_chunks)[:, None], other=0
+        )
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), 0)
     total = tl.where(e < NUM_EXPERTS, total, 0)

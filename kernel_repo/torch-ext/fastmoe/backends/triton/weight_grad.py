@@ -21,7 +21,9 @@ def weight_grad_kernel(
     """
     P_TILES: tl.constexpr = (P + BLOCK_M - 1) // BLOCK_M
     Q_TILES: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N
-    for t in tl.range(tl.program_id(0), NUM_EXPERTS * P_TILES * Q_TILES, NUM_PROGRAMS, flatten=FLATTEN):
+    for t in tl.range(
+        tl.program_id(0), NUM_EXPERTS * P_TILES * Q_TILES, NUM_PROGRAMS, flatten=FLATTEN
+    ):
         e = t // (P_TILES * Q_TILES)
         p0 = (t % P_TILES) * BLOCK_M
         q0 = ((t // P_TILES) % Q_TILES) * BLOCK_N
@@ -48,8 +50,15 @@ def weight_grad_kernel(
             else:
                 b = tl.load(at, mask=exists[:, None] & (cols_q < Q)[None, :], other=0.0)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-        at = out_ptr + e.to(tl.int64) * P * Q + cols_p.to(tl.int64)[:, None] * stride_p + cols_q.to(tl.int64)[None, :] * stride_q
-        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(cols_p < P)[:, None] & (cols_q < Q)[None, :])
+        at = (
+            out_ptr
+            + e.to(tl.int64) * P * Q
+            + cols_p.to(tl.int64)[:, None] * stride_p
+            + cols_q.to(tl.int64)[None, :] * stride_q
+        )
+        tl.store(
+            at, acc.to(out_ptr.dtype.element_ty), mask=(cols_p < P)[:, None] & (cols_q < Q)[None, :]
+        )
 
 
 @triton.jit

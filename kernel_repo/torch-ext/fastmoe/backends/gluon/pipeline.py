@@ -1,0 +1,45 @@
+"""What the warp-specialised kernels share: a ring of shared-memory stages between one producer and two consumers.
+
+Four producer warps fill a stage (gathered rows by cp.async, the other operand by bulk copy) and run ahead over tile
+borders; two warpgroups of consumers multiply it, 64 rows of the tile each. `full` and `empty` hold one mbarrier a stage.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+PRODUCER_WARPS = gl.constexpr(4)
+PRODUCER_THREADS = gl.constexpr(128)
+CONSUMERS = gl.constexpr(2)
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next stage of the ring, and its parity."""
+    wraps = stage + 1 == STAGES
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def before(stage, STAGES: gl.constexpr):
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr):
+    """(full, empty): a stage is full once every producer thread's copies and the bulk copy's bytes have arrived, and
+    empty once both consumers have let go of it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1 + PRODUCER_THREADS)
+        mbarrier.init(empty.index(s), count=CONSUMERS)
+    return full, empty
+
+
+@gluon.jit
+def copy_rows(buffer, pointers, exists, barrier):
+    """Start copying one tile through per-element pointers, zeros where a row does not exist; arrive when it is there."""
+    async_copy.async_copy_global_to_shared(buffer, pointers, mask=exists)
+    async_copy.mbarrier_arrive(barrier, increment_count=False)

@@ -1,0 +1,123 @@
+"""The weight gradient over gathered rows: per expert a GEMM whose depth is data, written out by bulk copies.
+
+Shapes: p (S, P) sorted by expert, q (T, Q) gathered through perm, out (E, P, Q) or transposed (E, Q, P). P and Q are
+multiples of the tile; p is finite in every row of a tile in use (q is zero past the expert's last row, so p need not be).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .pipeline import PRODUCER_WARPS, advance, before, copy_rows, make_barriers
+
+
+@gluon.jit
+def _tile(
+    t, P_TILES: gl.constexpr, Q_TILES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr
+):
+    return t // (P_TILES * Q_TILES), (t % P_TILES) * BLOCK_P, ((t // P_TILES) % Q_TILES) * BLOCK_Q
+
+
+@gluon.jit
+def _produce(
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
+    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    P_TILES: gl.constexpr = P // BLOCK_P
+    Q_TILES: gl.constexpr = Q // BLOCK_Q
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCER_WARPS, 1], [1, 0])
+    j = gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
+    cols = gl.expand_dims(gl.arange(0, BLOCK_Q, gl.SliceLayout(0, layout)), 0)
+    stage = 0
+    phase = 0
+    for t in range(gl.program_id(0), num_experts * P_TILES * Q_TILES, PROGRAMS):
+        e, p0, q0 = _tile(t, P_TILES, Q_TILES, BLOCK_P, BLOCK_Q)
+        lo = gl.load(offsets_ptr + e)
+        hi = gl.load(offsets_ptr + e + 1)
+        slots = gl.load(perm_ptr + lo + j, mask=lo + j < hi, other=0)
+        for k0 in range(lo, hi, BLOCK_K):
+            exists = gl.expand_dims(k0 + j < hi, 1)
+            pointers = gl.expand_dims(q_ptr + (slots // TOP_K).to(gl.int64) * Q + q0, 1) + cols
+            following = k0 + BLOCK_K + j
+            slots = gl.load(perm_ptr + following, mask=following < hi, other=0)
+            barrier = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(barrier, p_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(p_desc, [k0, p0], barrier, p_bufs.index(stage))
+            copy_rows(q_bufs.index(stage), pointers, exists, barrier)
+            stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def _consume(
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
+    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    P_TILES: gl.constexpr = P // BLOCK_P
+    Q_TILES: gl.constexpr = Q // BLOCK_Q
+    HALF: gl.constexpr = BLOCK_P // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
+    out = out_bufs.index(GROUP)
+    stage = 0
+    phase = 0
+    for t in range(gl.program_id(0), num_experts * P_TILES * Q_TILES, PROGRAMS):
+        e, p0, q0 = _tile(t, P_TILES, Q_TILES, BLOCK_P, BLOCK_Q)
+        p0 += GROUP * HALF
+        lo = gl.load(offsets_ptr + e)
+        hi = gl.load(offsets_ptr + e + 1)
+        acc = gl.zeros((HALF, BLOCK_Q), gl.float32, layout)
+        for k0 in range(lo, hi, BLOCK_K):
+            mbarrier.wait(full.index(stage), phase)
+            fence_async_shared()  # cp.async wrote q, wgmma reads it through the other proxy
+            a = p_bufs.index(stage).slice(GROUP * HALF, HALF, 1).permute((1, 0))
+            acc = warpgroup_mma(a, q_bufs.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != lo)
+            stage, phase = advance(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=hi > lo)
+        tma.store_wait(0)
+        if TRANSPOSE:
+            out.permute((1, 0)).store(acc.to(out_desc.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [e * Q + q0, p0], out)
+        else:
+            out.store(acc.to(out_desc.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [e * P + p0, q0], out)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def weight_grad_kernel(
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, num_experts,
+    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """out[e] = sum over the rows of e of p[row]^T q[token]."""
+    dtype: gl.constexpr = p_desc.dtype
+    p_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_P], p_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_Q], p_desc.layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [2] + out_desc.block_type.shape, out_desc.layout)
+    full, empty = make_barriers(STAGES)
+    gl.warp_specialize(
+        [
+            (_consume, (p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
+                        P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS, gl.constexpr(0))),
+            (_consume, (p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
+                        P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS, gl.constexpr(1))),
+            (_produce, (p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
+                        P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS)),
+        ],
+        [4, 4],
+        [208, 88],
+    )  # fmt: skip
