@@ -225,7 +225,7 @@ def test_an_altered_gate_may_have_parameters(poisoned_memory):
     assert_sentinels_are_inert(module, args)
 
 
-# gate_of knows gates by name and act_fn by type alone. Strict: its repair has to remove these marks.
+# gate_of knows gates by name and act_fn by type alone. Strict: its repair removes these marks.
 GATE_OF = pytest.mark.xfail(
     strict=True, reason="a gate changed in place is fused as if it were not"
 )
