@@ -1,4 +1,4 @@
-"""Time candidate block shapes of each GEMM kernel on this GPU and print the fastest: python benchmarks/tune.py --help.
+"""Time candidate block shapes of each GEMM kernel on this GPU and print the fastest: python -m benchmarks.tune --help.
 
 Each candidate is checked against the first one's result before it is timed. The winners go into
 kernel_repo/torch-ext/fastmoe/configs/<gpu>.json by hand or with --write.
@@ -18,10 +18,7 @@ import triton
 from fastmoe import combine, grouped_gemm, tuning
 from fastmoe.routing import route
 
-try:
-    from benchmarks import problems
-except ImportError:
-    import problems
+from . import problems
 
 KERNELS = ("up_gate", "down", "gate_backward", "input_grad", "weight_grad_up", "weight_grad_down")
 

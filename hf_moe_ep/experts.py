@@ -28,32 +28,40 @@ _ACTIVATIONS = {
 }
 
 
-def _clamped(module: nn.Module, limit: str, **options) -> dict:
-    value = getattr(module, limit)
-    return dict(limit=math.inf if value is None else float(value), **options)
+def _clamped(module: nn.Module, limit: str, alpha: str | None = None, **options) -> dict | None:
+    """A Gate's options; None where a constant is a tensor, which may be learned."""
+    limit, alpha = getattr(module, limit), getattr(module, alpha) if alpha else 1.0
+    if isinstance(limit, torch.Tensor) or isinstance(alpha, torch.Tensor):
+        return None
+    return dict(limit=math.inf if limit is None else float(limit), alpha=float(alpha), **options)
 
 
 # `_apply_gate` methods of transformers whose formula is a Gate, by qualified name. Any other runs as written.
 _GATES = {
     "gpt_oss.modeling_gpt_oss.GptOssExperts": lambda m: _clamped(
-        m, "limit", activation="silu", interleaved=True, alpha=float(m.alpha), up_offset=1.0
+        m, "limit", activation="silu", interleaved=True, alpha="alpha", up_offset=1.0
     ),
-    "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": lambda m: _clamped(
-        m, "limit", activation="silu", alpha=float(m.alpha), up_offset=1.0
+    "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": lambda m: (
+        _clamped(m, "limit", activation="silu", alpha="alpha", up_offset=1.0)
     ),
     "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": lambda m: _clamped(
-        m, "swiglu_limit", activation="silu", alpha=float(m.swiglu_alpha), up_offset=1.0
+        m, "swiglu_limit", activation="silu", alpha="swiglu_alpha", up_offset=1.0
     ),
     "deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts": lambda m: _clamped(
-        m, "limit", activation=_ACTIVATIONS.get(type(m.act_fn))
+        m, "limit", activation=_activation_of(m)
     ),
     "hy_v4.modeling_hy_v4.HYV4Experts": lambda m: _clamped(m, "swiglu_limit", activation="silu"),
-    "glm5_next.modeling_glm5_next.Glm5NextTextExperts": lambda m: _clamped(m, "swiglu_limit", activation="silu"),
+    "glm5_next.modeling_glm5_next.Glm5NextTextExperts": lambda m: _clamped(
+        m, "swiglu_limit", activation="silu"
+    ),
 }
 
 
 def fastmoe_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """(T, H): the weighted sum of each token's experts, for any experts module behind transformers' interface.
 
@@ -78,18 +86,32 @@ def fastmoe_experts_forward(
 
 def gate_of(module: nn.Module):
     """The fused `Gate` that equals the module's own gate or activation, or None where the module's code must run."""
-    activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
+    activation = _activation_of(module)
     if not module.has_gate:
         return fastmoe.Gate(activation, gated=False) if activation else None
     method = module._apply_gate
     function = getattr(method, "__func__", None)
     if function is _default_apply_gate:
         return fastmoe.Gate(activation) if activation else None
-    # A method of the module's own: known only under the very name it has in transformers.
-    owner = function.__qualname__.rpartition(".")[0] if function is not None else ""
-    options = _GATES.get(f"{function.__module__}.{owner}".removeprefix("transformers.models.")) if owner else None
+    # A method of the module's own: known only under the very name it has in transformers, which its
+    # code object has too: functools.wraps gives any wrapper the __module__ and __qualname__.
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    name = f"{function.__globals__['__name__']}.{code.co_qualname}"
+    options = _GATES.get(name.removeprefix("transformers.models.").removesuffix("._apply_gate"))
     options = options(module) if options else None
     return fastmoe.Gate(**options) if options and options["activation"] else None
+
+
+def _activation_of(module: nn.Module) -> str | None:
+    """The fused activation that `act_fn` is; None where it is another or was changed in place."""
+    act = getattr(module, "act_fn", None)
+    if act is nn.functional.silu:
+        return "silu"
+    name = _ACTIVATIONS.get(type(act))
+    changed = name and ("forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks)
+    return None if changed else name
 
 
 def unsupported_fp8_experts_forward(self: nn.Module, *args, **kwargs) -> torch.Tensor:

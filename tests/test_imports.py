@@ -25,6 +25,7 @@ KERNEL_LAYERS = (
     {"autograd"},
     {"ops"},
     {"grouped_gemm", "combine", "decode"},
+    {"hopper"},
     {"routing"},
     {"backends"},
 )

@@ -1,5 +1,7 @@
 """What the operator promises beside its values: memory, frozen parts, tracing, checkpointing, and clear refusals."""
 
+import threading
+
 import fastmoe
 import pytest
 import torch
@@ -279,3 +281,27 @@ def test_more_than_two_billion_elements():
     )  # fmt: skip
     assert error(got["out"][last], out) < 0.01
     assert all(torch.isfinite(v).all() for v in got.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="a thread without a CUDA context needs a GPU")
+def test_backward_in_a_thread_without_a_context():
+    inputs = make_inputs(SMALL, torch.bfloat16, DEVICE)
+    for leaf in inputs.leaves().values():
+        leaf.requires_grad_()
+    run(fastmoe.fused_experts, SMALL, inputs)  # compiled already, so that nothing but a descriptor comes first
+    failures = []
+
+    def work():
+        try:
+            out = fastmoe.fused_experts(
+                inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down
+            )
+            out.backward(inputs.grad)
+        except RuntimeError as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures

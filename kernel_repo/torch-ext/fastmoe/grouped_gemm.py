@@ -10,7 +10,7 @@ import torch
 
 from . import hopper, tuning
 from .backends import torch_ops
-from .device import backend_name, has_tma, matmul_precision, num_programs
+from .device import backend_name, bind_context, has_tma, matmul_precision, num_programs
 from .gates import Gate
 from .routing import Routing
 
@@ -31,8 +31,6 @@ def up_gate(
         return torch_ops.up_gate(x, up, bias, r, gate, transposed, keep_h)
     rows, (width, depth) = r.perm.numel(), _out_in(up, transposed)
     inner = width // 2 if gate.gated else width
-    if hopper.serves(x, up, r) and not (transposed and gate.gated and not gate.interleaved):
-        return hopper.up_gate(x, up, bias, r, gate, transposed, keep_h, inner)
     from .backends.triton.gated import up_gate_kernel
 
     h = x.new_empty((rows, width) if keep_h else 0)
@@ -91,8 +89,6 @@ def gate_backward(
     if backend_name(grad) == "torch":
         return torch_ops.gate_backward(grad, weights, down, h, r, gate, transposed, keep_a)
     rows, (depth, inner) = r.perm.numel(), _out_in(down, transposed)
-    if hopper.serves(grad, down, r):
-        return hopper.gate_backward(grad, weights, down, h, r, gate, not transposed, keep_a, inner)
     from .backends.triton.gated import gate_backward_kernel
 
     c = tuning.gemm_config("gate_backward", grad.device, grad.dtype, r.block_m)
@@ -186,6 +182,7 @@ def _tma_serves(matrix: torch.Tensor) -> bool:
 def _descriptor(array: torch.Tensor, *block: int):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    bind_context(array.device)
     return TensorDescriptor(array, list(array.shape), list(array.stride()), list(block))
 
 
