@@ -6,11 +6,14 @@ Mesh: dp_replicate x fsdp x tp processes; the experts see them as dp_replicate x
 
 from dataclasses import dataclass, field
 
+import torch
+import transformers
+from transformers import AutoConfig
 from transformers.distributed import DistributedConfig
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .doctor import conflict_checks, model_checks
+from .doctor import conflict_checks, divisible
 
 SIZES = ("ep_size", "tp_size", "fsdp_size", "dp_replicate_size")
 # Of DistributedConfig's other keys, those that work here: Trainer does not train with pp_size, and
@@ -35,9 +38,7 @@ class FastMoEArguments:
     )
     fsdp_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Processes that shard parameters and batches; default: all that remain."
-        },
+        metadata={"help": "Processes that shard parameters and batches; default: all that remain."},
     )
     dp_replicate_size: int | None = field(
         default=None, metadata={"help": "Copies of the sharded model (HSDP)."}
@@ -157,16 +158,40 @@ def check_experts_implementation(name: str) -> None:
         )
 
 
-def check_model(name: str, config: dict | None) -> None:
-    """Holds the config of a model (a folder or hub name) against the layout `config`.
+def check_model(name: str, revision: str | None, config: dict | None) -> None:
+    """Holds a model (a folder or hub name) against the layout `config`, from its config alone.
+
+    A model whose class is not in transformers (remote code) is left to the check at loading.
 
     Raises:
-        ValueError: no experts behind transformers' interface, or experts or attention heads that
-            the sizes do not divide.
+        ValueError: no architecture, no experts behind transformers' interface, no expert-parallel
+            plan, or experts or attention heads that the sizes do not divide.
     """
-    sizes = dict.fromkeys(SIZES, 1) | {k: v for k, v in (config or {}).items() if k in SIZES}
-    problems = [c.detail for c in model_checks(name, sizes) if c.status == "problem"]
-    if problems:
+    loaded = AutoConfig.from_pretrained(name, revision=revision)
+    if not loaded.architectures:
+        raise ValueError(f"{name}: config.json names no `architectures`, and TRL needs one")
+    model_class = getattr(transformers, loaded.architectures[0], None)
+    if model_class is None:
+        return
+    with torch.device("meta"):  # no memory: 0.4 s for DeepSeek-V3
+        model = model_class(loaded)
+    experts = {m.num_experts for m in model.modules() if hasattr(m, "_is_expert_parallel")}
+    if not experts:
+        raise ValueError(
+            f"{name}: {model_class.__name__} has no experts behind transformers' experts "
+            "interface, so there is nothing to speed up; --experts_implementation eager trains it"
+        )
+    sizes = dict.fromkeys(SIZES, 1) | (config or {})
+    if sizes["ep_size"] > 1 and not (model.ep_plan or sizes.get("ep_plan")):
+        raise ValueError(
+            f"{name}: {model_class.__name__} has no expert-parallel plan; use --ep_size 1 or give "
+            "ep_plan in model_init_kwargs.distributed_config"
+        )
+    checks = [divisible("experts", count, "ep_size", sizes["ep_size"]) for count in sorted(experts)]
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(loaded.get_text_config(), heads, None)
+        checks += [divisible(heads, count, "tp_size", sizes["tp_size"])] if count else []
+    if problems := [f"{check.name}: {check.detail}" for check in checks if check.status != "ok"]:
         raise ValueError(f"{name}: {'; '.join(problems)}")
 
 

@@ -165,10 +165,8 @@ def set_model_init_kwargs(training, model, ours) -> None:
         init["distributed_config"] = config
         layout.check_training(config, training)
         save_weights_only(training)
-    # The check knows the main branch and runs no remote code; elsewhere loading itself checks.
-    checkable = model.model_revision in (None, "main") and not training.trust_remote_code
-    if checkable and (config is not None or name != "eager"):
-        layout.check_model(model.model_name_or_path, config)
+    if (config is not None or name != "eager") and not training.trust_remote_code:
+        layout.check_model(model.model_name_or_path, model.model_revision, config)
     training.model_init_kwargs = init
 
 

@@ -243,12 +243,19 @@ def test_yaml_refused_by_name(place, tmp_path, capsys, change, reason):
     assert reason in capsys.readouterr().err
 
 
-def test_a_model_without_experts_is_refused(place, tmp_path, capsys):
-    LlamaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4).save_pretrained(
-        tmp_path
-    )
+@pytest.mark.parametrize(
+    ("architectures", "reason"),
+    [
+        (["LlamaForCausalLM"], "no experts behind transformers' experts interface"),
+        (None, "names no `architectures`"),
+    ],
+)
+def test_a_model_that_cannot_use_fastmoe_is_refused(place, tmp_path, capsys, architectures, reason):
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=32)
+    config.architectures = architectures
+    config.save_pretrained(tmp_path)
     assert sft.main(arguments(place, "--model_name_or_path", str(tmp_path))) == 2
-    assert "has no experts behind transformers' experts interface" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
 
 
 # Flags -> the sizes that reach transformers, for 8 processes; by hand.
