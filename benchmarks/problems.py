@@ -1,7 +1,7 @@
-"""The cases that kernel tests and benchmarks share, each named once, and the random inputs they run on.
+"""The cases that kernel tests and benchmarks share, each named once, and their random inputs.
 
-Shapes: x (T, H), ids and routing weights (T, K), up weights (E, U, H) with U = 2I for gated experts and I without a
-gate, down weights (E, H, I); transposed problems store (E, H, U) and (E, I, H).
+Shapes: x (T, H), ids and routing weights (T, K), up weights (E, U, H) with U = 2I for gated experts
+and I without a gate, down weights (E, H, I); transposed problems store (E, H, U) and (E, I, H).
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ class Problem:
     skew: float = 0.0  # exponent of a Zipf prior over the experts; 0 is uniform
     routing: str = "random"  # "random" | "one_expert" | "few_experts"
     sentinels: float = 0.0
-    gate: str | None = (
-        "silu"  # activation of the gate, or of an ungated expert; "clamped" is gpt-oss's gate
-    )
+    # Activation of the gate, or of an ungated expert; "clamped" is gpt-oss's gate.
+    gate: str | None = "silu"
     gated: bool = True
     bias: bool = False
     transposed: bool = False
@@ -34,7 +33,7 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Multiply-adds of the forward GEMMs, times two. A training step does three times as many."""
+        """Multiply-adds of the forward GEMMs, times two; a training step does three times that."""
         return 2 * self.T * self.K * (3 if self.gated else 2) * self.H * self.I
 
     def at(self, tokens: int) -> Problem:
@@ -58,7 +57,8 @@ class Inputs:
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
-# Real shapes: (H, I, E, K) from the models' own configs. DeepSeek-V3 with an eighth of its experts, as under EP=8.
+# Real shapes: (H, I, E, K) from the models' own configs. DeepSeek-V3 with an eighth of its experts,
+# as under EP=8.
 QWEN3_30B = Problem("qwen3-30b-a3b", 16384, 2048, 768, 128, 8)
 OLMOE = Problem("olmoe-1b-7b", 8192, 2048, 1024, 64, 8)
 GPT_OSS_20B = Problem("gpt-oss-20b-size", 8192, 2880, 2880, 32, 4)
@@ -117,7 +117,10 @@ EDGE = (
 def make_routing(
     p: Problem, device: str, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-k ids without repetition and renormalised weights, fp32; sentinels get id E + something and weight 0."""
+    """Top-k ids without repetition and renormalised weights, fp32.
+
+    Sentinels get id E + something and weight 0.
+    """
     logits = torch.randn(p.T, p.E, generator=generator, device=device)
     if p.skew:
         logits = logits - p.skew * torch.arange(1, p.E + 1, device=device).float().log()

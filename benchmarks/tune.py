@@ -1,4 +1,6 @@
-"""Time candidate block shapes of each GEMM kernel on this GPU and print the fastest: python -m benchmarks.tune --help.
+"""Time candidate block shapes of each GEMM kernel on this GPU and print the fastest.
+
+See python -m benchmarks.tune --help.
 
 Each candidate is checked against the first one's result before it is timed. The winners go into
 kernel_repo/torch-ext/fastmoe/configs/<gpu>.json by hand or with --write.
@@ -12,10 +14,11 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import fastmoe
 import torch
 import triton
-from fastmoe import combine, grouped_gemm, tuning
+
+import fastmoe
+from fastmoe import grouped_gemm, tuning
 from fastmoe.routing import route
 
 from . import problems
@@ -24,7 +27,10 @@ KERNELS = ("up_gate", "down", "gate_backward", "input_grad", "weight_grad_up", "
 
 
 def candidates(kernel: str, rows: int) -> list[tuning.GemmConfig]:
-    """Block shapes worth a try for tiles of `rows` rows; what does not fit the GPU is fitted or fails and is left out."""
+    """Block shapes worth a try for tiles of `rows` rows.
+
+    What does not fit the GPU is fitted or fails and is left out.
+    """
     make = tuning.GemmConfig
     wide = (
         [(128, 8, 1), (256, 8, 1)]

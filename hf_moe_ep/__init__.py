@@ -1,4 +1,7 @@
-"""hf-moe-ep: `import hf_moe_ep` registers experts_implementation="fastmoe" with transformers. Nothing is patched."""
+"""hf-moe-ep: `import hf_moe_ep` registers experts_implementation="fastmoe" with transformers.
+
+Nothing is patched.
+"""
 
 from .versions import check_versions
 

@@ -1,6 +1,7 @@
-"""The experts forward that transformers calls: reads a Hugging Face experts module and hands it to fastmoe.
+"""The experts forward that transformers calls: hands a Hugging Face experts module to fastmoe.
 
-Shapes: hidden_states (T, H), top_k_index and top_k_weights (T, K); the module's weights are stacks over E experts.
+Shapes: hidden_states (T, H), top_k_index and top_k_weights (T, K); the module's weights are stacks
+over E experts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .kernel import get_kernel
 
 fastmoe = get_kernel()
 
-# Activation modules whose formula is one that the kernels fuse, by exact type: a subclass may compute something else.
+# Activation modules whose formula is one that the kernels fuse, by exact type: a subclass may
+# compute something else.
 _ACTIVATIONS = {
     nn.SiLU: "silu",
     activations.SiLUActivation: "silu",
@@ -36,7 +38,8 @@ def _clamped(module: nn.Module, limit: str, alpha: str | None = None, **options)
     return dict(limit=math.inf if limit is None else float(limit), alpha=float(alpha), **options)
 
 
-# `_apply_gate` methods of transformers whose formula is a Gate, by qualified name. Any other runs as written.
+# `_apply_gate` methods of transformers whose formula is a Gate, by qualified name. Any other runs
+# as written.
 _GATES = {
     "gpt_oss.modeling_gpt_oss.GptOssExperts": lambda m: _clamped(
         m, "limit", activation="silu", interleaved=True, alpha="alpha", up_offset=1.0
@@ -63,10 +66,12 @@ def fastmoe_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """(T, H): the weighted sum of each token's experts, for any experts module behind transformers' interface.
+    """(T, H): the weighted sum of each token's experts.
 
-    Reads the flags that `use_experts_implementation` sets (has_gate, has_bias, is_transposed, has_post_expert_norm)
-    and the module's own gate. Raises ValueError for weights that fastmoe cannot run, quantised ones above all.
+    Serves any experts module behind transformers' interface. Reads the flags that
+    `use_experts_implementation` sets (has_gate, has_bias, is_transposed, has_post_expert_norm) and
+    the module's own gate. Raises ValueError for weights that fastmoe cannot run, quantised ones
+    above all.
     """
     name = "gate_up_proj" if self.has_gate else "up_proj"
     bias = self.has_bias
@@ -85,7 +90,10 @@ def fastmoe_experts_forward(
 
 
 def gate_of(module: nn.Module):
-    """The fused `Gate` that equals the module's own gate or activation, or None where the module's code must run."""
+    """The fused `Gate` that equals the module's own gate or activation.
+
+    None where the module's code must run.
+    """
     activation = _activation_of(module)
     if not module.has_gate:
         return fastmoe.Gate(activation, gated=False) if activation else None

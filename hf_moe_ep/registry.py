@@ -1,4 +1,7 @@
-"""Every registration with transformers, in one place. Registers by name through transformers' own registries only."""
+"""Every registration with transformers, in one place.
+
+Registers by name through transformers' own registries only.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the kernel tests share: the devices and dtypes to run on, one run with all gradients, and the error bound."""
+"""What the kernel tests share: devices and dtypes, a run with all gradients, the error bound."""
 
 from __future__ import annotations
 
-import fastmoe
 import torch
 
+import fastmoe
 from benchmarks.problems import Inputs, Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -12,7 +12,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32] if DEVICE == "cuda" else
 
 
 def gate_of(p: Problem) -> fastmoe.Gate:
-    """The gate of a problem; "clamped" is gpt-oss's, with a limit low enough that unit inputs reach it."""
+    """The gate of a problem; "clamped" is gpt-oss's, its limit so low that unit inputs reach it."""
     if p.gate == "clamped":
         return fastmoe.Gate("silu", True, p.interleaved, alpha=1.702, limit=1.0, up_offset=1.0)
     return fastmoe.Gate(p.gate, gated=p.gated, interleaved=p.interleaved)
@@ -39,7 +39,10 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def assert_as_good_as_torch(got, p: Problem, inputs: Inputs, **options) -> None:
-    """Every result of `got` is at most twice as far from fp64 as plain PyTorch in the same dtype, plus rounding."""
+    """Every result of `got` is about as far from fp64 as plain PyTorch in the same dtype.
+
+    That is at most twice as far, plus rounding.
+    """
     dtype = inputs.x.dtype
     truth = run(fastmoe.reference_experts, p, inputs, torch.float64, **options)
     torch_in_dtype = run(fastmoe.reference_experts, p, inputs, **options)

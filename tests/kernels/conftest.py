@@ -1,5 +1,8 @@
-"""Kernel tests run on the GPU if there is one, else on PyTorch's CPU path, or, with TRITON_INTERPRET=1, on Triton's
-interpreter; every uninitialised tensor is filled with NaN first, so that an element nobody wrote shows."""
+"""Kernel tests run on the GPU if there is one, else on PyTorch's CPU path.
+
+With TRITON_INTERPRET=1 they run on Triton's interpreter. Every uninitialised tensor is filled with
+NaN first, so that an element nobody wrote shows.
+"""
 
 import pytest
 import torch

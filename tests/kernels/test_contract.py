@@ -1,15 +1,18 @@
-"""What the operator promises beside its values: memory, frozen parts, tracing, checkpointing, and clear refusals."""
+"""What the operator promises beside its values.
+
+Memory, frozen parts, tracing, checkpointing, and clear refusals.
+"""
 
 import threading
 
-import fastmoe
 import pytest
 import torch
-from fastmoe import autograd, ops, tuning
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import fastmoe
 from benchmarks.problems import EDGE, make_inputs
+from fastmoe import autograd, ops, tuning
 from tests.kernels.common import DEVICE, error, run
 
 SMALL = EDGE[0]
@@ -289,7 +292,8 @@ def test_backward_in_a_thread_without_a_context():
     inputs = make_inputs(SMALL, torch.bfloat16, DEVICE)
     for leaf in inputs.leaves().values():
         leaf.requires_grad_()
-    run(fastmoe.fused_experts, SMALL, inputs)  # compiled already, so that nothing but a descriptor comes first
+    # Compiled already, so that nothing but a descriptor comes first.
+    run(fastmoe.fused_experts, SMALL, inputs)
     failures = []
 
     def work():

@@ -1,11 +1,14 @@
-"""The whole operator: forward and every gradient against fp64 on every edge case, fused and with a gate as written."""
+"""The whole operator: forward and every gradient against fp64 on every edge case.
 
-import fastmoe
+Fused, and with a gate as written.
+"""
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastmoe
 from benchmarks.problems import EDGE, Problem, make_inputs
 from tests.kernels.common import DEVICE, DTYPES, assert_as_good_as_torch, gate_of, run
 
@@ -59,8 +62,9 @@ def test_post_norm_with_parameters(name):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    T=st.integers(0, 70), H=st.integers(4, 50), I=st.integers(4, 40), E=st.integers(1, 12), K=st.integers(1, 4),
-    sentinels=st.sampled_from([0.0, 0.3]), bias=st.booleans(), transposed=st.booleans(), interleaved=st.booleans(),
+    T=st.integers(0, 70), H=st.integers(4, 50), I=st.integers(4, 40),
+    E=st.integers(1, 12), K=st.integers(1, 4), sentinels=st.sampled_from([0.0, 0.3]),
+    bias=st.booleans(), transposed=st.booleans(), interleaved=st.booleans(),
     gate=st.sampled_from(["silu", "gelu", "relu", "clamped"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_random_shapes(T, H, I, E, K, sentinels, bias, transposed, interleaved, gate, seed):  # noqa: E741

@@ -1,13 +1,13 @@
 """The routing against values written by hand, and against a plain sort on random problems."""
 
-import fastmoe
 import pytest
 import torch
-from fastmoe import tuning
-from fastmoe.routing import max_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastmoe
+from fastmoe import tuning
+from fastmoe.routing import max_tiles
 from tests.kernels.common import DEVICE
 
 BLOCK_M = 16 if fastmoe.backend_name(torch.empty(0, device=DEVICE)) == "triton" else 0
@@ -54,14 +54,16 @@ def test_tile_map_by_hand():
 
 
 def test_max_tiles_by_hand():
-    # 20 slots over 3 experts in tiles of 16: one full tile, and at most one partial tile for each expert
+    # 20 slots over 3 experts in tiles of 16: one full tile, at most one partial tile for each
+    # expert
     assert max_tiles(20, 3, 16) == 1 + 3
     assert max_tiles(2, 100, 16) == 0 + 2
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    tokens=st.integers(0, 300), top_k=st.integers(1, 16), experts=st.integers(1, 70), off_rank=st.integers(0, 40),
+    tokens=st.integers(0, 300), top_k=st.integers(1, 16),
+    experts=st.integers(1, 70), off_rank=st.integers(0, 40),
     seed=st.integers(0, 2**31), long=st.booleans(),
 )  # fmt: skip
 def test_random_routing_is_a_stable_sort(tokens, top_k, experts, off_rank, seed, long):

@@ -1,4 +1,7 @@
-"""fastmoe: the experts of a Mixture-of-Experts layer as one differentiable operator. Names in `__all__` are the API."""
+"""fastmoe: the experts of a Mixture-of-Experts layer as one differentiable operator.
+
+Names in `__all__` are the API.
+"""
 
 from . import layers
 from .device import backend_name

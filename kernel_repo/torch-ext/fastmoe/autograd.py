@@ -1,7 +1,7 @@
 """What each differentiable step saves and which ops its backward calls; launches nothing itself.
 
-Shapes: x (T, H), weights (T, K), up (E, U, H), down (E, H, I) (or transposed), h (S, U), a (S, I), y (S, H).
-`Layer` carries the routing and the layout of the weights past autograd.
+Shapes: x (T, H), weights (T, K), up (E, U, H), down (E, H, I) (or transposed), h (S, U), a (S, I),
+y (S, H). `Layer` carries the routing and the layout of the weights past autograd.
 """
 
 from __future__ import annotations
@@ -37,23 +37,16 @@ def fused_forward(x, weights, up, down, up_bias, down_bias, layer: Layer, gate: 
 
 
 class FusedExperts(torch.autograd.Function):
-    """up -> gate -> down -> weighted sum. Saves x, h and the routing; never y, never a permuted copy of x."""
+    """up -> gate -> down -> weighted sum.
+
+    Saves x, h and the routing; never y, never a permuted copy of x.
+    """
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        weights,
-        up,
-        down,
-        up_bias,
-        down_bias,
-        top_k_index,
-        gate,
-        transposed,
-        block_m,
-        *routing,
-    ):
+        ctx, x, weights, up, down, up_bias, down_bias,
+        top_k_index, gate, transposed, block_m, *routing,
+    ):  # fmt: skip
         layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
         out, h = fused_forward(x, weights, up, down, up_bias, down_bias, layer, gate, True)
         ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing)
@@ -100,7 +93,8 @@ class FusedExperts(torch.autograd.Function):
 class GroupedLinear(torch.autograd.Function):
     """One projection of every row, for experts whose gate or norm runs as the model wrote it.
 
-    Rows without an expert come out as zeros, forward and backward, because code that is not ours reads them.
+    Rows without an expert come out as zeros, forward and backward, because code that is not ours
+    reads them.
     """
 
     @staticmethod
@@ -133,7 +127,10 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """The weighted sum over a token's slots, saving y: for experts with a norm after the down projection."""
+    """The weighted sum over a token's slots, saving y.
+
+    For experts with a norm after the down projection.
+    """
 
     @staticmethod
     def forward(ctx, y, weights, block_m, *routing):
@@ -159,7 +156,10 @@ def _zero_tail(rows: Tensor, routing) -> Tensor:
 
 
 def _release_saved(ctx) -> None:
-    """Let go of the saved tensors as the backward uses them up, unless the graph is retained: torch knows which."""
+    """Let go of the saved tensors as the backward uses them up.
+
+    Unless the graph is retained: torch knows which.
+    """
     if not torch.compiler.is_compiling():
         ctx.maybe_clear_saved_tensors()
 

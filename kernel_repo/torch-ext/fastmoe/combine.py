@@ -15,9 +15,10 @@ _MAX_BLOCK_H = 4096
 
 
 def combine(y: torch.Tensor, weights: torch.Tensor | None, r: Routing) -> torch.Tensor:
-    """(T, H) in the dtype of y: the sum over k, in order and in fp32, of weights[t, k] * y[row of (t, k)].
+    """(T, H) in the dtype of y: the sum over k of weights[t, k] * y[row of (t, k)].
 
-    Without `weights` the plain sum, which is the backward of gathering rows. Sentinels add nothing and are not read.
+    Summed in order and in fp32. Without `weights` the plain sum, which is the backward of gathering
+    rows. Sentinels add nothing and are not read.
     """
     if backend_name(y) == "torch":
         return torch_ops.combine(y, weights, r)
@@ -76,8 +77,10 @@ def routing_weight_grad(dots: torch.Tensor, r: Routing, dtype: torch.dtype) -> t
 def down_bias_dots(
     grad: torch.Tensor, down_bias: torch.Tensor, top_k_index: torch.Tensor
 ) -> torch.Tensor:
-    """(T, K) fp32: <grad[t], down_bias[e]> of every slot, zero at sentinels: the bias's part of a routing weight's
-    gradient, as one small GEMM (T, H) x (H, E)."""
+    """(T, K) fp32: <grad[t], down_bias[e]> of every slot, zero at sentinels.
+
+    The bias's part of a routing weight's gradient, as one small GEMM (T, H) x (H, E).
+    """
     experts = down_bias.shape[0]
     sentinel = (top_k_index < 0) | (top_k_index >= experts)
     dtype = torch.promote_types(grad.dtype, torch.float32)

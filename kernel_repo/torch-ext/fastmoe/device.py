@@ -13,7 +13,8 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 _HAS_TRITON = find_spec("triton") is not None
-# Whether Triton runs its kernels in Python, which also serves CPU tensors. Triton reads this when it is imported.
+# Whether Triton runs its kernels in Python, which also serves CPU tensors. Triton reads this when
+# it is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and _HAS_TRITON
 
 
@@ -25,8 +26,11 @@ def _gpu_served(index: int) -> bool:
 
 
 def backend_name(tensor: torch.Tensor) -> str:
-    """ "triton" on CUDA GPUs of compute capability 8.0 and newer, on ROCm (unmeasured) and under Triton's interpreter,
-    for bf16, fp16 and fp32; "torch" everywhere else."""
+    """ "triton" or "torch".
+
+    "triton" on CUDA GPUs of compute capability 8.0 and newer, on ROCm (unmeasured) and under
+    Triton's interpreter, for bf16, fp16 and fp32; "torch" everywhere else.
+    """
     if tensor.dtype not in _KERNEL_DTYPES:
         return "torch"
     if tensor.device.type == "cuda":
@@ -46,7 +50,10 @@ def num_programs(device: torch.device) -> int:
 
 @lru_cache
 def has_tma(device: torch.device) -> bool:
-    """Whether tensor descriptors become bulk copies (Hopper and newer). The interpreter runs that path too."""
+    """Whether tensor descriptors become bulk copies (Hopper and newer).
+
+    The interpreter runs that path too.
+    """
     if device.type == "cpu":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -65,8 +72,11 @@ _bound = threading.local()
 
 
 def bind_context(device: torch.device) -> None:
-    """Give this thread a CUDA context, once: encoding a tensor descriptor needs one, and autograd's threads start without
-    (Triton 3.6 binds one at a launch, but encodes the descriptors first)."""
+    """Give this thread a CUDA context, once.
+
+    Encoding a tensor descriptor needs one, and autograd's threads start without (Triton 3.6 binds
+    one at a launch, but encodes the descriptors first).
+    """
     if device.type == "cuda" and getattr(_bound, "device", None) != device:
         torch.zeros(1, device=device)
         _bound.device = device

@@ -1,6 +1,9 @@
-"""The activations between an expert's two projections that the kernels fuse, and their plain PyTorch form.
+"""The activations between an expert's two projections that the kernels fuse.
 
-Shapes: h (S, U) is the up projection, U = 2I gated (gate and up halves, or interleaved pairs) or I ungated; a (S, I).
+Also their plain PyTorch form.
+
+Shapes: h (S, U) is the up projection, U = 2I gated (gate and up halves, or interleaved pairs) or I
+ungated; a (S, I).
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 class Gate:
     """How the up projection h becomes the activation a that enters the down projection.
 
-    Gated:   ``a = act(min(g, limit)) * (clip(u, -limit, limit) + up_offset)``, (g, u) the two parts of h.
+    Gated:   ``a = act(min(g, limit)) * (clip(u, -limit, limit) + up_offset)``,
+             (g, u) the two parts of h.
     Ungated: ``a = act(h)``; limit and up_offset must keep their defaults.
-    ``act`` is x * sigmoid(alpha * x) for "silu" (alpha 1 is SiLU, 1.702 gpt-oss's gate), the exact GELU for "gelu",
-    its tanh form for "gelu_tanh", max(x, 0) for "relu" and its square for "relu2".
+    ``act`` is x * sigmoid(alpha * x) for "silu" (alpha 1 is SiLU, 1.702 gpt-oss's gate), the exact
+    GELU for "gelu", its tanh form for "gelu_tanh", max(x, 0) for "relu" and its square for "relu2".
 
-    Example: ``Gate()`` is SwiGLU; ``Gate("silu", interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0)`` is gpt-oss.
+    Example: ``Gate()`` is SwiGLU, and
+    ``Gate("silu", interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0)`` is gpt-oss.
 
     Raises:
         ValueError: an unknown activation, or options that the activation has no use for.
@@ -52,7 +57,7 @@ class Gate:
             raise ValueError("an ungated activation has no interleaved layout, limit or up_offset")
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """a (S, I) from h (S, U), differentiable, in the dtype of h with the arithmetic in at least fp32."""
+        """a (S, I) from h (S, U), differentiable, in the dtype of h, computed in at least fp32."""
         x = h.to(compute_dtype(h.dtype))
         if not self.gated:
             return _act(self, x)[0].to(h.dtype)
@@ -78,7 +83,10 @@ class Gate:
         return (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
 
     def spec(self) -> str:
-        """One string that `from_spec` turns back into this gate: what crosses the custom-op boundary."""
+        """One string that `from_spec` turns back into this gate.
+
+        It is what crosses the custom-op boundary.
+        """
         return ",".join(map(str, astuple(self)))
 
     @staticmethod

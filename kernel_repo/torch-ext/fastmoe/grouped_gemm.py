@@ -1,7 +1,8 @@
-"""The GEMMs of an experts layer and their gradients: allocate, choose the backend and its config, launch.
+"""The GEMMs of an experts layer and their gradients: allocate, choose backend and config, launch.
 
-Shapes: T tokens, S = T*K rows sorted by expert, x and grad (T, H), up (E, U, H) with U = 2I gated or I, down (E, H, I);
-`transposed` weights are (E, H, U) and (E, I, H). Rows at or past offsets[-1] are neither read nor meant to be.
+Shapes: T tokens, S = T*K rows sorted by expert, x and grad (T, H), up (E, U, H) with U = 2I gated
+or I, down (E, H, I); `transposed` weights are (E, H, U) and (E, I, H). Rows at or past offsets[-1]
+are neither read nor meant to be.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def up_gate(
     transposed: bool,
     keep_h: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h (S, U), a (S, I)): h = x[token] @ up[e] + bias and a = gate(h). h is empty (0,) unless `keep_h`."""
+    """(h (S, U), a (S, I)): h = x[token] @ up[e] + bias and a = gate(h).
+
+    h is empty (0,) unless `keep_h`.
+    """
     if backend_name(x) == "torch":
         return torch_ops.up_gate(x, up, bias, r, gate, transposed, keep_h)
     rows, (width, depth) = r.perm.numel(), _out_in(up, transposed)
@@ -43,7 +47,8 @@ def up_gate(
     n_tiles = -(-inner // c.block_n)
     up_gate_kernel[_grid(c, x)](
         x, w, bias, h, a, r.perm, r.offsets, r.tiles, r.num_tiles,
-        inner, depth, r.top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha, gate.limit, gate.up_offset,
+        inner, depth, r.top_k, gate.gated, gate.interleaved,
+        gate.activation, gate.alpha, gate.limit, gate.up_offset,
         transposed, bias is not None, keep_h, tma, **_tiling(c, x, n_tiles),
     )  # fmt: skip
     return h, a
@@ -57,7 +62,10 @@ def grouped_linear(
     transposed: bool,
     gather: bool,
 ) -> torch.Tensor:
-    """(S, N): every row (S, K) times its expert's weight (E, N, K); `gather` takes the row's token from (T, K) first."""
+    """(S, N): every row (S, K) times its expert's weight (E, N, K).
+
+    `gather` takes the row's token from (T, K) first.
+    """
     if backend_name(rows) == "torch":
         return torch_ops.grouped_linear(rows, w, bias, r, transposed, gather)
     from .backends.triton.gemm import grouped_linear_kernel
@@ -71,20 +79,22 @@ def grouped_linear(
     n_tiles = -(-width // c.block_n)
     grouped_linear_kernel[_grid(c, rows)](
         rows, x_desc, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles,
-        width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma, **_tiling(c, rows, n_tiles),
+        width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma,
+        **_tiling(c, rows, n_tiles),
     )  # fmt: skip
     return out
 
 
 def gate_backward(
-    grad: torch.Tensor, weights: torch.Tensor, down: torch.Tensor, h: torch.Tensor, r: Routing, gate: Gate,
-    transposed: bool, keep_a: bool,
+    grad: torch.Tensor, weights: torch.Tensor, down: torch.Tensor, h: torch.Tensor,
+    r: Routing, gate: Gate, transposed: bool, keep_a: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(grad_h (S, U), weights * a (S, I), dots (S, n) fp32) from grad (T, H), the gradient of the layer's output.
+    """(grad_h (S, U), weights * a (S, I), dots (S, n) fp32) from grad (T, H).
 
-    The sum of the columns of dots is <grad[token], down[e] a>, the routing weight's gradient but for the down bias: it
-    costs no read of y, which is therefore not saved (SonicMoE, arXiv 2512.14080). a is recomputed from h; weights * a is
-    what the down weight's gradient needs, and empty (0,) unless `keep_a`.
+    grad is the gradient of the layer's output. The sum of the columns of dots is
+    <grad[token], down[e] a>, the routing weight's gradient but for the down bias: it costs no read
+    of y, which is therefore not saved (SonicMoE, arXiv 2512.14080). a is recomputed from h;
+    weights * a is what the down weight's gradient needs, and empty (0,) unless `keep_a`.
     """
     if backend_name(grad) == "torch":
         return torch_ops.gate_backward(grad, weights, down, h, r, gate, transposed, keep_a)
@@ -100,7 +110,8 @@ def gate_backward(
     gate_backward_kernel[_grid(c, grad)](
         grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles,
         rows, inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
-        gate.activation, gate.alpha, gate.limit, gate.up_offset, not transposed, keep_a, tma, **_tiling(c, grad, n_tiles),
+        gate.activation, gate.alpha, gate.limit, gate.up_offset,
+        not transposed, keep_a, tma, **_tiling(c, grad, n_tiles),
     )  # fmt: skip
     return grad_h, a, dots
 
@@ -108,9 +119,10 @@ def gate_backward(
 def weight_grad(
     p: torch.Tensor, q: torch.Tensor, r: Routing, gather: bool, transpose_out: bool
 ) -> torch.Tensor:
-    """(E, P, Q), or (E, Q, P) with `transpose_out`: per expert, the sum over its rows of p[row]^T q[row].
+    """(E, P, Q), or (E, Q, P) with `transpose_out`: per expert, its rows' sum of p[row]^T q[row].
 
-    p (S, P) is sorted by expert and finite in the rows of every tile in use; q is (S, Q), or (T, Q) with `gather`.
+    p (S, P) is sorted by expert and finite in the rows of every tile in use; q is (S, Q), or (T, Q)
+    with `gather`.
     """
     if backend_name(p) == "torch":
         return torch_ops.weight_grad(p, q, r, gather, transpose_out)
@@ -127,8 +139,8 @@ def weight_grad(
     strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
     weight_grad_kernel[_grid(c, p)](
         _descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets,
-        p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, tma, matmul_precision(p.dtype),
-        c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten,
+        p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, tma,
+        matmul_precision(p.dtype), c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
@@ -137,9 +149,10 @@ def weight_grad(
 def bias_grad(
     rows: torch.Tensor, weights: torch.Tensor | None, r: Routing, gather: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(E, N): per expert, the sum of its rows (S, N), or of its rows' tokens (T, N), times the routing weights if given.
+    """(E, N): per expert, the sum of its rows (S, N), or of its rows' tokens (T, N).
 
-    Summed in fp32 over a fixed split of the rows, so that the bits do not depend on the schedule.
+    Each is multiplied by its routing weight if given. Summed in fp32 over a fixed split of the
+    rows, so that the bits do not depend on the schedule.
     """
     if backend_name(rows) == "torch":
         return torch_ops.bias_grad(rows, weights, r, gather, dtype)
@@ -149,8 +162,8 @@ def bias_grad(
     width = rows.shape[1]
     partial = rows.new_empty(splits, r.num_experts, width, dtype=torch.float32)
     bias_grad_kernel[(r.num_experts, splits, -(-width // block_n))](
-        rows, weights, partial, r.perm, r.offsets, width, r.num_experts, r.top_k, gather, weights is not None,
-        splits, block_r, block_n,
+        rows, weights, partial, r.perm, r.offsets, width, r.num_experts, r.top_k,
+        gather, weights is not None, splits, block_r, block_n,
     )  # fmt: skip
     return partial.sum(0).to(dtype)
 
@@ -166,14 +179,18 @@ def _grid(c: tuning.GemmConfig, operand: torch.Tensor) -> tuple[int]:
 
 def _tiling(c: tuning.GemmConfig, operand: torch.Tensor, n_tiles: int) -> dict:
     return dict(
-        PRECISION=matmul_precision(operand.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-        GROUP_M=c.group_m, N_TILES=n_tiles, NUM_PROGRAMS=_grid(c, operand)[0], FLATTEN=c.flatten,
+        PRECISION=matmul_precision(operand.dtype),
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
+        N_TILES=n_tiles, NUM_PROGRAMS=_grid(c, operand)[0], FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
 
 def _tma_serves(matrix: torch.Tensor) -> bool:
-    """Whether a bulk copy can read this contiguous matrix: Hopper, rows a multiple of 16 bytes, an aligned base."""
+    """Whether a bulk copy can read this contiguous matrix.
+
+    It can on Hopper, with rows a multiple of 16 bytes and an aligned base.
+    """
     row_bytes = matrix.shape[-1] * matrix.element_size()
     aligned = row_bytes % _TMA_ALIGNMENT == 0 and matrix.data_ptr() % _TMA_ALIGNMENT == 0
     return aligned and has_tma(matrix.device) and matrix.numel() > 0
@@ -187,9 +204,10 @@ def _descriptor(array: torch.Tensor, *block: int):
 
 
 def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
-    """(operand, whether it is a descriptor) for a contiguous weight, its experts stacked into one matrix.
+    """(operand, whether it is a descriptor) for a contiguous weight, its experts as one matrix.
 
-    Transposed, a tile that reached past K would read the next expert's rows: then the kernel masks instead.
+    Transposed, a tile that reached past K would read the next expert's rows: then the kernel masks
+    instead.
     """
     if not _tma_serves(w) or (transposed and w.shape[1] % block_k):
         return w, False
@@ -198,7 +216,10 @@ def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: in
 
 
 def _gate_up_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
-    """The same for a concatenated gate and up weight, its 2I columns split in two so that one box holds both parts."""
+    """The same for a concatenated gate and up weight.
+
+    Its 2I columns are split in two so that one box holds both parts.
+    """
     experts, inner = w.shape[0], (w.shape[2] if transposed else w.shape[1]) // 2
     if not _tma_serves(w) or (
         transposed and (w.shape[1] % block_k or inner * w.element_size() % _TMA_ALIGNMENT)

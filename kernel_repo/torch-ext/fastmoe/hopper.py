@@ -1,7 +1,7 @@
 """Host side of the warp-specialised Hopper kernel (Gluon): where it serves, and its launch.
 
-Shapes as in `grouped_gemm`, which calls here first and runs its Triton kernel for the rest: other GPUs, small batches,
-sizes that do not fit the tiles, a Triton without Gluon's Hopper interface.
+Shapes as in `grouped_gemm`, which calls here first and runs its Triton kernel for the rest: other
+GPUs, small batches, sizes that do not fit the tiles, a Triton without Gluon's Hopper interface.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def _available(device: torch.device) -> bool:
 
 
 def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
-    """Whether the kernel takes p (S, P) and gathered q (T, Q): 16-bit, aligned, P and Q multiples of its tile."""
+    """Whether the kernel takes p (S, P) and gathered q (T, Q).
+
+    It does if they are 16-bit and aligned, P and Q multiples of its tile.
+    """
     if (
         p.dtype not in (torch.bfloat16, torch.float16)
         or r.block_m != _BLOCK_M

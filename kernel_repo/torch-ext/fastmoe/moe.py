@@ -1,4 +1,4 @@
-"""The door of the package: one call that validates its inputs, builds the routing and runs the experts.
+"""The door of the package: one call that validates inputs, builds the routing and runs the experts.
 
 Shapes: T tokens, H hidden, I intermediate, E experts, K experts a token; S = T*K rows.
 """
@@ -17,6 +17,7 @@ from .device import backend_name
 from .gates import Gate
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SWIGLU = Gate()
 
 
 def fused_experts(
@@ -26,35 +27,41 @@ def fused_experts(
     up: Tensor,
     down: Tensor,
     *,
-    gate: Gate | Callable[[Tensor], Tensor] = Gate(),
+    gate: Gate | Callable[[Tensor], Tensor] = _SWIGLU,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     is_transposed: bool = False,
     post_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]), differentiable in every float input.
+    """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]).
+
+    Differentiable in every float input.
 
     Args:
         x: (T, H) in any float dtype; cast to the weights' dtype, the result is cast back.
-        top_k_index: (T, K) int32 or int64. An id of E or more is a sentinel, an expert of another rank: it takes no
-            part in any GEMM and its gradients are exactly zero.
+        top_k_index: (T, K) int32 or int64. An id of E or more is a sentinel, an expert of another
+            rank: it takes no part in any GEMM and its gradients are exactly zero.
         top_k_weights: (T, K) in any float dtype.
         up: (E, U, H), U = 2I with a gated `gate` and I without; (E, H, U) if `is_transposed`.
         down: (E, H, I), or (E, I, H) if `is_transposed`.
-        gate: a `Gate`, fused into the GEMMs, or any function (S, U) -> (S, I), which runs as written between them.
+        gate: a `Gate`, fused into the GEMMs, or any function (S, U) -> (S, I), which runs as
+            written between them.
         up_bias, down_bias: (E, U) and (E, H).
         post_norm: a function (S, H) -> (S, H) of each expert's output before it is weighted.
 
     Returns:
-        (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device, shapes and grids do
-        not depend on the routing, so the call captures into a CUDA graph and compiles with fullgraph=True.
+        (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device,
+        shapes and grids do not depend on the routing, so the call captures into a CUDA graph and
+        compiles with fullgraph=True.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, second derivatives; with HF_MOE_EP_CHECK=1 also
-            negative ids, sentinels with a weight, and values that are not finite (this waits for the device).
+        ValueError: shapes, dtypes or devices that do not fit together, second derivatives; with
+            HF_MOE_EP_CHECK=1 also negative ids, sentinels with a weight, and values that are not
+            finite (this waits for the device).
 
-    Memory between forward and backward: x, the up projection (S, U) and the routing, nothing else (the scheme of
-    SonicMoE, arXiv 2512.14080). A `gate` function or `post_norm` also keeps what autograd keeps for it.
+    Memory between forward and backward: x, the up projection (S, U) and the routing, nothing else
+    (the scheme of SonicMoE, arXiv 2512.14080). A `gate` function or `post_norm` also keeps what
+    autograd keeps for it.
     """
     up, down, is_transposed = _plain_layout(up, down, is_transposed)
     gated = not isinstance(gate, Gate) or gate.gated
@@ -98,7 +105,7 @@ def fused_experts(
 
 
 def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
-    """The weights as contiguous stacks: a pair of transposed views is read in place as the other layout."""
+    """The weights as contiguous stacks; a pair of transposed views is read as the other layout."""
     if up.dim() == 3 and down.dim() == 3 and not up.is_contiguous() and not down.is_contiguous():
         if up.mT.is_contiguous() and down.mT.is_contiguous():
             return up.mT, down.mT, not transposed
@@ -113,8 +120,8 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
     for name, t in (("up", up), ("down", down)):
         if t.dtype not in _FLOATS:
             raise ValueError(
-                f"{name} has dtype {t.dtype}: quantised experts are not supported; dequantise the model "
-                'or use experts_implementation="grouped_mm"'
+                f"{name} has dtype {t.dtype}: quantised experts are not supported; dequantise the "
+                'model or use experts_implementation="grouped_mm"'
             )
     experts, width, hidden = up.shape if not transposed else (up.shape[0], up.shape[2], up.shape[1])
     _, out_width, inner = (
@@ -140,9 +147,10 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
     expected = 2 * inner if gated else inner
     if down.shape[0] != experts or out_width != hidden or (fused and width != expected):
         raise ValueError(
-            f"up {_shape(up)} and down {_shape(down)} do not belong together with is_transposed={transposed} and "
-            f"{'a gated' if gated else 'an ungated'} activation: expected up {(experts, expected, hidden)} and down "
-            f"{(experts, hidden, inner)}, each with its last two dimensions swapped if is_transposed"
+            f"up {_shape(up)} and down {_shape(down)} do not belong together with "
+            f"is_transposed={transposed} and {'a gated' if gated else 'an ungated'} activation: "
+            f"expected up {(experts, expected, hidden)} and down {(experts, hidden, inner)}, "
+            "each with its last two dimensions swapped if is_transposed"
         )
     for name, bias, n in (("up_bias", up_bias, width), ("down_bias", down_bias, hidden)):
         if bias is not None and (tuple(bias.shape) != (experts, n) or bias.dtype != up.dtype):
@@ -173,13 +181,15 @@ def _check_values(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> 
         return
     if int(ids.min()) < 0:
         raise ValueError(
-            f"top_k_index holds the negative id {int(ids.min())}; ids run from 0 to {num_experts - 1}"
+            f"top_k_index holds the negative id {int(ids.min())}; "
+            f"ids run from 0 to {num_experts - 1}"
         )
     weighted = (ids >= num_experts) & (weights != 0)
     if bool(weighted.any()):
         raise ValueError(
-            f"top_k_index holds id {int(ids[weighted][0])} with a routing weight, but there are {num_experts} experts "
-            "here; an id past the last expert marks an expert of another rank and must have weight 0"
+            f"top_k_index holds id {int(ids[weighted][0])} with a routing weight, but there are "
+            f"{num_experts} experts here; an id past the last expert marks an expert of another "
+            "rank and must have weight 0"
         )
     for name, t in (("x", x), ("top_k_weights", weights)):
         if not bool(torch.isfinite(t).all()):

@@ -1,6 +1,9 @@
-"""The host wrappers as registered custom ops, so that tracers see one opaque node each, with its output shapes.
+"""The host wrappers as registered custom ops.
 
-Shapes as in `grouped_gemm` and `combine`; `routing` is Routing.tensors() and `block_m`, `top_k` its two numbers.
+So tracers see one opaque node each, with its output shapes.
+
+Shapes as in `grouped_gemm` and `combine`; `routing` is Routing.tensors() and `block_m`, `top_k` its
+two numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from .routing import route as _route
 
 
 def _op(schema: str, fake: Callable) -> Callable:
-    """Register the decorated function as a custom op on every device, with `fake` for its output shapes."""
+    """Register the decorated function as a custom op on every device.
+
+    `fake` gives its output shapes.
+    """
 
     def register(function: Callable) -> Callable:
         name = add_op_namespace_prefix(function.__name__)
@@ -58,8 +64,8 @@ def _fake_up_gate(x, up, bias, routing, block_m, top_k, gate, transposed, keep_h
 
 
 @_op(
-    "(Tensor x, Tensor up, Tensor? bias, Tensor[] routing, int block_m, int top_k, str gate, bool transposed,"
-    " bool keep_h) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor up, Tensor? bias, Tensor[] routing, int block_m,"
+    " int top_k, str gate, bool transposed, bool keep_h) -> (Tensor, Tensor)",
     _fake_up_gate,
 )
 def up_gate(x, up, bias, routing, block_m, top_k, gate, transposed, keep_h):
@@ -72,8 +78,8 @@ def _fake_grouped_linear(rows, w, bias, routing, block_m, top_k, transposed, gat
 
 
 @_op(
-    "(Tensor rows, Tensor w, Tensor? bias, Tensor[] routing, int block_m, int top_k, bool transposed, bool gather)"
-    " -> Tensor",
+    "(Tensor rows, Tensor w, Tensor? bias, Tensor[] routing, int block_m, int top_k,"
+    " bool transposed, bool gather) -> Tensor",
     _fake_grouped_linear,
 )
 def grouped_linear(rows, w, bias, routing, block_m, top_k, transposed, gather):
@@ -92,8 +98,9 @@ def _fake_gate_backward(
 
 
 @_op(
-    "(Tensor grad, Tensor weights, Tensor down, Tensor h, Tensor[] routing, int block_m, int top_k, str gate,"
-    " bool transposed, bool keep_a, bool keep_dots) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor weights, Tensor down, Tensor h, Tensor[] routing,"
+    " int block_m, int top_k, str gate, bool transposed, bool keep_a, bool keep_dots)"
+    " -> (Tensor, Tensor, Tensor)",
     _fake_gate_backward,
 )
 def gate_backward(
@@ -114,7 +121,8 @@ def _fake_weight_grad(p, q, routing, block_m, top_k, gather, transpose_out):
 
 
 @_op(
-    "(Tensor p, Tensor q, Tensor[] routing, int block_m, int top_k, bool gather, bool transpose_out) -> Tensor",
+    "(Tensor p, Tensor q, Tensor[] routing, int block_m, int top_k, bool gather,"
+    " bool transpose_out) -> Tensor",
     _fake_weight_grad,
 )
 def weight_grad(p, q, routing, block_m, top_k, gather, transpose_out):
@@ -126,7 +134,8 @@ def _fake_bias_grad(rows, weights, routing, block_m, top_k, gather, dtype):
 
 
 @_op(
-    "(Tensor rows, Tensor? weights, Tensor[] routing, int block_m, int top_k, bool gather, ScalarType dtype) -> Tensor",
+    "(Tensor rows, Tensor? weights, Tensor[] routing, int block_m, int top_k, bool gather,"
+    " ScalarType dtype) -> Tensor",
     _fake_bias_grad,
 )
 def bias_grad(rows, weights, routing, block_m, top_k, gather, dtype):
@@ -149,7 +158,8 @@ def _fake_combine_backward(grad, y, weights, routing, block_m, top_k):
 
 
 @_op(
-    "(Tensor grad, Tensor y, Tensor weights, Tensor[] routing, int block_m, int top_k) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor y, Tensor weights, Tensor[] routing, int block_m, int top_k)"
+    " -> (Tensor, Tensor)",
     _fake_combine_backward,
 )
 def combine_backward(grad, y, weights, routing, block_m, top_k):

@@ -1,6 +1,9 @@
-"""The experts layer as its definition reads, one expert at a time in any float dtype: the truth that tests compare to.
+"""The experts layer as its definition reads: the truth that tests compare to.
 
-Shapes: x (T, H), ids and weights (T, K), up (E, U, H) or transposed (E, H, U), down (E, H, I) or (E, I, H).
+One expert at a time, in any float dtype.
+
+Shapes: x (T, H), ids and weights (T, K), up (E, U, H) or transposed (E, H, U), down (E, H, I) or
+(E, I, H).
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import torch
 
 from .gates import Gate
 
+_SWIGLU = Gate()
+
 
 def reference_experts(
     x: torch.Tensor,
@@ -19,13 +24,16 @@ def reference_experts(
     up: torch.Tensor,
     down: torch.Tensor,
     *,
-    gate: Gate | Callable[[torch.Tensor], torch.Tensor] = Gate(),
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor] = _SWIGLU,
     up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     is_transposed: bool = False,
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(T, H), differentiable in every tensor; reads the routing back to the host, so it is slow on purpose."""
+    """(T, H), differentiable in every tensor.
+
+    Reads the routing back to the host, so it is slow on purpose.
+    """
     out = torch.zeros_like(x)
     for expert in range(up.shape[0]):
         token, slot = torch.where(top_k_index == expert)

@@ -1,6 +1,7 @@
-"""Block shapes for the GEMM kernels: data per GPU in configs/*.json, looked up by a bucket of rows per expert.
+"""Block shapes for the GEMM kernels: data per GPU in configs/*.json.
 
-A bucket holds every token count with about as many rows for each expert, so no token count is ever tuned at run time.
+They are looked up by a bucket of rows per expert. A bucket holds every token count with about as
+many rows for each expert, so no token count is ever tuned at run time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ BUCKETS = (16, 32, 64, 128)  # rows per expert, rounded up; also block_m
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """How one kernel is tiled. block_n counts columns of the activation where gate and up share a tile."""
+    """How one kernel is tiled.
+
+    block_n counts columns of the activation where gate and up share a tile.
+    """
 
     block_m: int
     block_n: int
@@ -27,10 +31,10 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    flatten: bool = False  # one loop over tiles and depth, so that a tile's loads start during its predecessor's end
-    ctas: int = (
-        1  # programs for each multiprocessor: two hide one's epilogue behind the other's GEMM
-    )
+    # One loop over tiles and depth, so that a tile's loads start during its predecessor's end.
+    flatten: bool = False
+    # Programs for each multiprocessor: two hide one's epilogue behind the other's GEMM.
+    ctas: int = 1
 
     def shared_memory(self, itemsize: int, columns: int) -> int:
         """Bytes of operand tiles in flight: num_stages of (block_m + columns) x block_k."""
@@ -53,10 +57,12 @@ def bucket(num_slots: int, num_experts: int) -> int:
 def gemm_config(
     kernel: str, device: torch.device, dtype: torch.dtype, rows: int, wide: bool = False
 ) -> GemmConfig:
-    """The config of `kernel` ("up_gate", "linear", "gate_backward", "weight_grad") in bucket `rows`.
+    """The config of `kernel` in bucket `rows`.
 
-    `wide`: the kernel holds gate and up columns at once. Raises KeyError for an unknown kernel. Row tiles are as tall
-    as the bucket; weight_grad's depth steps never reach past a row tile, whose rows are the only ones written.
+    `kernel`: "up_gate", "linear", "gate_backward" or "weight_grad". `wide`: the kernel holds gate
+    and up columns at once. Raises KeyError for an unknown kernel. Row tiles are as tall as the
+    bucket; weight_grad's depth steps never reach past a row tile, whose rows are the only ones
+    written.
     """
     table, limit = _table(device)
     config = table["fp32" if dtype == torch.float32 else str(rows)][kernel]
@@ -79,8 +85,11 @@ def _table(device: torch.device) -> tuple[dict[str, dict[str, GemmConfig]], int]
 
 
 def config_name(device: torch.device) -> tuple[str, int]:
-    """Which file of configs/ serves the device, and its shared memory limit in bytes. Hopper and newer use the H200's
-    measured table; everything older the A100's, compiled for sm_80 but not measured."""
+    """Which file of configs/ serves the device, and its shared memory limit in bytes.
+
+    Hopper and newer use the H200's measured table; everything older the A100's, compiled for sm_80
+    but not measured.
+    """
     if device.type == "cpu":
         if not INTERPRETING:
             raise ValueError("the Triton kernels run on CPU tensors only under TRITON_INTERPRET=1")

@@ -1,1 +1,1 @@
-"""Implementations of the host wrappers: one folder per kernel language, one file of plain PyTorch."""
+"""Implementations of the host wrappers: a folder per kernel language, one file of plain PyTorch."""

@@ -1,10 +1,15 @@
-"""The whole operator in plain PyTorch on `grouped_mm`: the CPU path, and the fallback where Triton does not serve.
+"""The whole operator in plain PyTorch on `grouped_mm`.
 
-Shapes: x (T, H), rows (S, ·) sorted by expert, weights w (E, N, K) or (E, K, N), r the Routing of the layer. Rows at or
-past offsets[-1] hold nothing: they are computed from rows that exist, or not at all, and never read.
+The CPU path, and the fallback where Triton does not serve.
+
+Shapes: x (T, H), rows (S, ·) sorted by expert, weights w (E, N, K) or (E, K, N), r the Routing of
+the layer. Rows at or past offsets[-1] hold nothing: they are computed from rows that exist, or not
+at all, and never read.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +37,10 @@ def up_gate(x, up, up_bias, r, gate, transposed, keep_h):
 
 
 def grouped_linear(rows, w, bias, r, transposed, gather):
-    """(S, N): every row times its expert's weight; `gather` takes the row's token from rows (T, K) first."""
+    """(S, N): every row times its expert's weight.
+
+    `gather` takes the row's token from rows (T, K) first.
+    """
     if gather:
         rows = rows[_tokens(r)]
     out = _grouped_mm(rows, w if transposed else w.transpose(1, 2), r)
@@ -40,7 +48,10 @@ def grouped_linear(rows, w, bias, r, transposed, gather):
 
 
 def gate_backward(grad, weights, down, h, r, gate, transposed, keep_a):
-    """(grad_h, weighted a, <grad of y, y> as (S, 1) less its bias part): see `grouped_gemm.gate_backward`."""
+    """(grad_h, weighted a, <grad of y, y> as (S, 1) less its bias part).
+
+    See `grouped_gemm.gate_backward`.
+    """
     grad_a = grouped_linear(grad, down, None, r, not transposed, gather=True)
     a = gate(h)
     w = weights.reshape(-1)[r.perm.long()].unsqueeze(1)
@@ -51,14 +62,17 @@ def gate_backward(grad, weights, down, h, r, gate, transposed, keep_a):
 
 
 def weight_grad(p, q, r, gather, transpose_out):
-    """(E, P, Q), or (E, Q, P) transposed: per expert, the sum over its rows of the outer products of p (S, P) and q."""
+    """(E, P, Q), or (E, Q, P) transposed.
+
+    Per expert, the sum over its rows of the outer products of p (S, P) and q.
+    """
     if gather:
         q = q[_tokens(r)]
     return _outer_products(q, p, r) if transpose_out else _outer_products(p, q, r)
 
 
 def bias_grad(rows, weights, r, gather, dtype):
-    """(E, N): per expert, the sum of its rows, each times its routing weight where `weights` is given."""
+    """(E, N): per expert, the sum of its rows, each times its routing weight if given."""
     if gather:
         rows = rows[_tokens(r)]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -69,7 +83,10 @@ def bias_grad(rows, weights, r, gather, dtype):
 
 
 def combine(y, weights, r):
-    """(T, H): the sum over a token's slots, in slot order and at least fp32, of y (S, H), weighted where given."""
+    """(T, H): the sum of y (S, H) over a token's slots, weighted where weights are given.
+
+    In slot order, and in fp32 at least.
+    """
     out = y.new_zeros(
         r.inv_perm.numel() // r.top_k, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)
     )
@@ -133,7 +150,10 @@ def _outer_products(a: torch.Tensor, b: torch.Tensor, r) -> torch.Tensor:
 
 
 def _serves_grouped_mm(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether torch's grouped_mm takes these operands: 16-bit or fp32, strides that are multiples of 16 bytes."""
+    """Whether torch's grouped_mm takes these operands.
+
+    16-bit or fp32, strides that are multiples of 16 bytes.
+    """
     if not hasattr(F, "grouped_mm") or a.dtype not in (
         torch.float32,
         torch.bfloat16,
@@ -144,16 +164,19 @@ def _serves_grouped_mm(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _aligned(t: torch.Tensor) -> bool:
-    """Unit stride along one of the last two dimensions, a multiple of 16 bytes along all others, from such an address."""
+    """Unit stride along one of the last two dimensions, 16-byte multiples elsewhere.
+
+    The address, too, is a multiple of 16 bytes.
+    """
     *batch, rows, columns = (s * t.element_size() for s in t.stride())
     others = (*batch, max(rows, columns), t.data_ptr())
     return min(rows, columns) == t.element_size() and all(s % _ALIGNMENT == 0 for s in others)
 
 
 def _segments(r):
-    """(expert, first row, past-the-last row) of every expert in use; reads the offsets back to the host."""
+    """(expert, first row, past-the-last row) of every expert in use; read on the host."""
     bounds = r.offsets.tolist()
-    return [(e, lo, hi) for e, (lo, hi) in enumerate(zip(bounds, bounds[1:])) if hi > lo]
+    return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(bounds)) if hi > lo]
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

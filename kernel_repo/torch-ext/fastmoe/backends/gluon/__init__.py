@@ -1,1 +1,1 @@
-"""Warp-specialised Hopper kernels in Gluon, Triton's lower level, for the GEMMs whose rows are gathered."""
+"""Warp-specialised Hopper kernels in Gluon, Triton's lower level, for GEMMs over gathered rows."""

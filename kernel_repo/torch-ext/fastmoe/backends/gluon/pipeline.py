@@ -1,7 +1,8 @@
-"""What the warp-specialised kernels share: a ring of shared-memory stages between one producer and two consumers.
+"""What the warp-specialised kernels share: a ring of stages between one producer and two consumers.
 
-Four producer warps fill a stage (gathered rows by cp.async, the other operand by bulk copy) and run ahead over tile
-borders; two warpgroups of consumers multiply it, 64 rows of the tile each. `full` and `empty` hold one mbarrier a stage.
+Four producer warps fill a stage of shared memory (gathered rows by cp.async, the other operand by
+bulk copy) and run ahead over tile borders; two warpgroups of consumers multiply it, 64 rows of the
+tile each. `full` and `empty` hold one mbarrier a stage.
 """
 
 from triton.experimental import gluon
@@ -28,8 +29,11 @@ def before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr):
-    """(full, empty): a stage is full once every producer thread's copies and the bulk copy's bytes have arrived, and
-    empty once both consumers have let go of it."""
+    """(full, empty), the barriers of every stage.
+
+    A stage is full once every producer thread's copies and the bulk copy's bytes have arrived, and
+    empty once both consumers have let go of it.
+    """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -40,6 +44,9 @@ def make_barriers(STAGES: gl.constexpr):
 
 @gluon.jit
 def copy_rows(buffer, pointers, exists, barrier):
-    """Start copying one tile through per-element pointers, zeros where a row does not exist; arrive when it is there."""
+    """Start copying one tile through per-element pointers; arrive when it is there.
+
+    Rows that do not exist become zeros.
+    """
     async_copy.async_copy_global_to_shared(buffer, pointers, mask=exists)
     async_copy.mbarrier_arrive(barrier, increment_count=False)

@@ -1,7 +1,8 @@
-"""The weight gradient over gathered rows: per expert a GEMM whose depth is data, written out by bulk copies.
+"""The weight gradient over gathered rows: per expert a GEMM whose depth is data.
 
-Shapes: p (S, P) sorted by expert, q (T, Q) gathered through perm, out (E, P, Q) or transposed (E, Q, P). P and Q are
-multiples of the tile; p is finite in every row of a tile in use (q is zero past the expert's last row, so p need not be).
+Shapes: p (S, P) sorted by expert, q (T, Q) gathered through perm, out (E, P, Q) or transposed
+(E, Q, P), written by bulk copies. P and Q are multiples of the tile; p is finite in every row of a
+tile in use (q is zero past the expert's last row, so p need not be).
 """
 
 from triton.experimental import gluon
@@ -26,9 +27,10 @@ def _tile(
 
 @gluon.jit
 def _produce(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
-    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty,
+    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     P_TILES: gl.constexpr = P // BLOCK_P
     Q_TILES: gl.constexpr = Q // BLOCK_Q
@@ -57,10 +59,10 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
-    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
-    GROUP: gl.constexpr,
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty,
+    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     P_TILES: gl.constexpr = P // BLOCK_P
     Q_TILES: gl.constexpr = Q // BLOCK_Q
@@ -101,7 +103,8 @@ def _consume(
 def weight_grad_kernel(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, num_experts,
     P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """out[e] = sum over the rows of e of p[row]^T q[token]."""
     dtype: gl.constexpr = p_desc.dtype
@@ -111,12 +114,23 @@ def weight_grad_kernel(
     full, empty = make_barriers(STAGES)
     gl.warp_specialize(
         [
-            (_consume, (p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
-                        P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS, gl.constexpr(0))),
-            (_consume, (p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
-                        P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS, gl.constexpr(1))),
-            (_produce, (p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty, num_experts,
-                        P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS)),
+            (_consume, (
+                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
+                full, empty, num_experts,
+                P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                gl.constexpr(0),
+            )),
+            (_consume, (
+                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
+                full, empty, num_experts,
+                P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                gl.constexpr(1),
+            )),
+            (_produce, (
+                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
+                full, empty, num_experts,
+                P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+            )),
         ],
         [4, 4],
         [208, 88],

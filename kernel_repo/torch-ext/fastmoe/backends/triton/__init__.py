@@ -1,1 +1,1 @@
-"""Triton kernels and nothing else: each file holds the kernels of the host file of the same name and their launches."""
+"""Triton kernels and their launches: a file here serves the host file of the same name."""

@@ -1,6 +1,7 @@
-"""From expert-sorted rows back to tokens, and the gradients of that sum. Memory-bound; one pass each.
+"""From expert-sorted rows back to tokens, and that sum's gradients. Memory-bound; one pass each.
 
-Shapes: y (S, H) by row, weights and inv_perm (S,) by slot = t*K + k, out and grad (T, H), dots (S, n) by row.
+Shapes: y (S, H) by row, weights and inv_perm (S,) by slot = t*K + k, out and grad (T, H), dots
+(S, n) by row.
 """
 
 import triton
@@ -9,16 +10,13 @@ import triton.language as tl
 
 @triton.jit
 def combine_kernel(
-    y_ptr,
-    weights_ptr,
-    inv_perm_ptr,
-    out_ptr,
-    H,
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """out[t] = sum over k, in order and in fp32, of weight * y[row of slot (t, k)]; sentinels are skipped."""
+    y_ptr, weights_ptr, inv_perm_ptr, out_ptr,
+    H, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over k, in order and in fp32, of weight * y[row of slot (t, k)].
+
+    Sentinels are skipped.
+    """
     t = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_H,), tl.float32)
@@ -39,7 +37,10 @@ def combine_backward_kernel(
     grad_ptr, y_ptr, weights_ptr, perm_ptr, offsets_ptr, grad_y_ptr, dots_ptr,
     H, NUM_EXPERTS, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """grad_y[row] = weight * grad[token], zero at rows without an expert, and dots[row] = <grad[token], y[row]>."""
+    """grad_y[row] = weight * grad[token] and dots[row] = <grad[token], y[row]>.
+
+    grad_y is zero at rows without an expert.
+    """
     row = tl.program_id(0)
     exists = row < tl.load(offsets_ptr + NUM_EXPERTS)
     slot = tl.load(perm_ptr + row, mask=exists, other=0)

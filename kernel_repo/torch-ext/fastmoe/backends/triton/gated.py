@@ -1,7 +1,10 @@
-"""The two GEMMs around the gate: the up projection with the activation in its epilogue, and the gradient of the
-activation with the gate's backward, the routing weight's gradient and the weighted activation in its epilogue.
+"""The two GEMMs around the gate, forward and backward, with the gate in their epilogues.
 
-Shapes: x, grad (T, H) gathered through perm; h, grad_h (S, U) with U = 2I gated or I; a (S, I); weights per slot (S,).
+The up projection applies the activation; the gradient of the activation applies the gate's backward
+and yields the routing weight's gradient and the weighted activation.
+
+Shapes: x, grad (T, H) gathered through perm; h, grad_h (S, U) with U = 2I gated or I; a (S, I);
+weights per slot (S,).
 """
 
 import triton
@@ -47,7 +50,10 @@ def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 def gate_forward(
     g, u, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """(a, da/dg, da/du) of the gated activation at fp32 g and u; LIMIT is infinite where there is none."""
+    """(a, da/dg, da/du) of the gated activation at fp32 g and u.
+
+    LIMIT is infinite where there is none.
+    """
     if LIMIT == float("inf"):
         value, slope = activation(g, ACT, ALPHA)
         linear = u + OFFSET
@@ -65,13 +71,18 @@ def gate_forward(
 @triton.jit
 def up_gate_kernel(
     x_ptr, w, bias_ptr, h_ptr, a_ptr, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    I: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    I: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_H: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_H: tl.constexpr,
+    TMA_W: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h = x[token] @ w[e] + bias and a = gate(h): BLOCK_N columns of a per tile, their g and u in one accumulator."""
+    """h = x[token] @ w[e] + bias and a = gate(h).
+
+    BLOCK_N columns of a per tile, their g and u in one accumulator.
+    """
     WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     U: tl.constexpr = 2 * I if GATED else I
     num_m = tl.load(num_tiles_ptr)
@@ -120,8 +131,8 @@ def up_gate_kernel(
 def _gate_backward_columns(
     d, col0, s, rows, exists, writes, h_ptr, grad_h_ptr, a_ptr,
     I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, STORE_A: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    STORE_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue for the columns of d from col0: writes grad_h and s*a, returns <d, a> by row."""
     U: tl.constexpr = 2 * I if GATED else I
@@ -174,7 +185,8 @@ def _gate_backward_columns(
 
 @triton.jit
 def gate_backward_kernel(
-    grad_ptr, w, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    grad_ptr, w, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
+    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
     S, I: tl.constexpr, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
@@ -182,11 +194,11 @@ def gate_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """From d = grad[token] @ down[e]: grad_h = gate'(h) * s*d, s*a, and this column tile's share of <d, a>.
+    """grad_h = gate'(h) * s*d, s*a, and this column tile's share of <d, a>.
 
-    The epilogue runs on quarters of the columns, which is what the registers hold beside the accumulator. The tile of
-    the last expert also writes zeros to its rows past the end: weight_grad's steps of BLOCK_K rows meet them, and must
-    not find NaN there.
+    d is grad[token] @ down[e]. The epilogue runs on quarters of the columns, which is what the
+    registers hold beside the accumulator. The tile of the last expert also writes zeros to its rows
+    past the end: weight_grad's steps of BLOCK_K rows meet them, and must not find NaN there.
     """
     QUARTER: tl.constexpr = BLOCK_N // 4
     num_m = tl.load(num_tiles_ptr)
@@ -211,7 +223,8 @@ def gate_backward_kernel(
             first, second = halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
             for quarter in tl.static_range(2):
                 dots += _gate_backward_columns(
-                    first if quarter == 0 else second, jn * BLOCK_N + (2 * half + quarter) * QUARTER,
+                    first if quarter == 0 else second,
+                    jn * BLOCK_N + (2 * half + quarter) * QUARTER,
                     s, rows, exists, writes, h_ptr, grad_h_ptr, a_ptr,
                     I, GATED, INTERLEAVED, ACT, ALPHA, LIMIT, OFFSET, STORE_A, BLOCK_M, QUARTER,
                 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The grouped GEMM: rows of one expert at a time against that expert's weight, walked by a persistent grid.
+"""The grouped GEMM: each expert's rows against its weight, walked by a persistent grid.
 
-Shapes: rows (S, K) or, gathered, x (T, K) through perm; weights (E, N, K) or transposed (E, K, N); out (S, N).
-A tile is block_m rows of one expert by BLOCK_N columns. Which tiles exist is data (tiles, num_tiles); the grid is not.
+Shapes: rows (S, K) or, gathered, x (T, K) through perm; weights (E, N, K) or transposed (E, K, N);
+out (S, N). A tile is block_m rows of one expert by BLOCK_N columns. Which tiles exist is data
+(tiles, num_tiles); the grid is not.
 """
 
 import triton
@@ -10,7 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(t, tiles_ptr, num_m, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
-    """Expert, first row and column tile of work item t: GROUP_M row tiles share a column tile's weights in L2."""
+    """Expert, first row and column tile of work item t.
+
+    GROUP_M row tiles share a column tile's weights in L2.
+    """
     group = t // (GROUP_M * N_TILES)
     first = group * GROUP_M
     size = tl.minimum(num_m - first, GROUP_M)
@@ -24,7 +28,10 @@ def load_weight(
     w, e, n0, k0, N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_K, BLOCK_N) of expert e's weight from column n0 and depth k0; w is a descriptor (TMA) or a pointer."""
+    """(BLOCK_K, BLOCK_N) of expert e's weight from column n0 and depth k0.
+
+    w is a descriptor (TMA) or a pointer.
+    """
     if TMA:
         if TRANSPOSED:
             tile = w.load([(e * K + k0).to(tl.int32), n0])
@@ -47,9 +54,10 @@ def load_gate_up_weight(
     w, e, col0, k0, I, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_K, 2 * BLOCK_N): the gate columns from col0, then the up columns from col0, of a concatenated weight.
+    """(BLOCK_K, 2 * BLOCK_N) of a concatenated weight.
 
-    The descriptor splits the 2I columns in two: (2E, I, K) in boxes (2, BLOCK_N, BLOCK_K), or transposed (EK, 2, I).
+    The gate columns from col0, then the up columns from col0. The descriptor splits the 2I columns
+    in two: (2E, I, K) in boxes (2, BLOCK_N, BLOCK_K), or transposed (EK, 2, I).
     """
     if TMA:
         if TRANSPOSED:
@@ -74,7 +82,10 @@ def load_gate_up_weight(
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and right half of the columns of a tile; a renaming of registers in the layouts of MMA results."""
+    """The left and right half of the columns of a tile.
+
+    A renaming of registers in the layouts of MMA results.
+    """
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
@@ -82,7 +93,7 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def row_pointers(
     x_ptr, perm_ptr, row0, end, K, BLOCK_M: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr
 ):
-    """Pointers (BLOCK_M, 1) to the first element of a tile's rows, the rows, and which of them exist."""
+    """Pointers (BLOCK_M, 1) to the first element of a tile's rows, the rows, and which exist."""
     rows = row0 + tl.arange(0, BLOCK_M)
     exists = rows < end
     if GATHER:
@@ -94,7 +105,10 @@ def row_pointers(
 
 @triton.jit
 def load_rows(pointers, k0, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """(BLOCK_M, BLOCK_K) of the rows from depth k0, zero past K. Rows that do not exist read another row's data."""
+    """(BLOCK_M, BLOCK_K) of the rows from depth k0, zero past K.
+
+    Rows that do not exist read another row's data.
+    """
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
     if EVEN_K:
         return tl.load(pointers + k)
@@ -105,8 +119,9 @@ def load_rows(pointers, k0, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
 @triton.jit
 def grouped_linear_kernel(
     x, x_desc, w, bias_ptr, out_ptr, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    N, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
+    N, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip

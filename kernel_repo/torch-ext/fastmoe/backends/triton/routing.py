@@ -1,16 +1,15 @@
 """A counting sort of the slots by expert in two launches, without atomics whose order could show.
 
-Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, column E counts the sentinels.
+Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, column E counts
+the sentinels.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-_MIN_CHUNK, _MAX_CHUNKS = (
-    256,
-    128,
-)  # a chunk is a power of two of slots; as many as fill an H200 once
+# A chunk is a power of two of slots; as many as fill an H200 once.
+_MIN_CHUNK, _MAX_CHUNKS = 256, 128
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 
 
@@ -31,9 +30,13 @@ def count_kernel(ids_ptr, counts_ptr, S, NUM_EXPERTS, CHUNK: tl.constexpr, BLOCK
 @triton.jit
 def place_kernel(
     ids_ptr, counts_ptr, perm_ptr, inv_perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    S, NUM_EXPERTS, num_chunks, MAX_TILES, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
+    S, NUM_EXPERTS, num_chunks, MAX_TILES,
+    CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk adds up the counts before it, so no chunk waits for another; then it places its slots in order."""
+    """Every chunk adds up the counts before it, then places its slots in order.
+
+    So no chunk waits for another.
+    """
     chunk = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     before = tl.zeros((BLOCK_E,), tl.int32)
@@ -87,7 +90,7 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     offsets, tiles, num_tiles = empty(num_experts + 1), empty(max_tiles, 2), empty(1)
     count_kernel[(num_chunks,)](ids, counts, num_slots, num_experts, chunk, block_e)
     place_kernel[(num_chunks,)](
-        ids, counts, perm, inv_perm, offsets, tiles, num_tiles, num_slots, num_experts, num_chunks, max_tiles,
-        chunk, block_e, block_m, _STEP,
+        ids, counts, perm, inv_perm, offsets, tiles, num_tiles,
+        num_slots, num_experts, num_chunks, max_tiles, chunk, block_e, block_m, _STEP,
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles

@@ -1,6 +1,7 @@
 """Weight and bias gradients: per expert, sums over its rows, a GEMM whose depth is data.
 
-Shapes: p (S, P) sorted by expert; q (S, Q), or gathered (T, Q) through perm; out (E, P, Q) or transposed (E, Q, P).
+Shapes: p (S, P) sorted by expert; q (S, Q), or gathered (T, Q) through perm; out (E, P, Q) or
+transposed (E, Q, P).
 """
 
 import triton
@@ -17,7 +18,8 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """out[e] = sum over the rows of e of p[row]^T q[row]; (stride_p, stride_q) place it.
 
-    q is zero past the expert's last row, so p may hold any finite value there, and does: the next expert's rows.
+    q is zero past the expert's last row, so p may hold any finite value there, and does: the next
+    expert's rows.
     """
     P_TILES: tl.constexpr = (P + BLOCK_M - 1) // BLOCK_M
     Q_TILES: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N
@@ -64,9 +66,13 @@ def weight_grad_kernel(
 @triton.jit
 def bias_grad_kernel(
     rows_ptr, weights_ptr, out_ptr, perm_ptr, offsets_ptr, N, NUM_EXPERTS, TOP_K: tl.constexpr,
-    GATHER: tl.constexpr, WEIGHTED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[split, e] = the sum over every SPLITS-th block of e's rows of rows[row], times its routing weight."""
+    """out[split, e] = the sum of rows[row] over every SPLITS-th block of e's rows.
+
+    Each row times its routing weight if WEIGHTED.
+    """
     e = tl.program_id(0)
     split = tl.program_id(1)
     cols = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
