@@ -47,7 +47,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int = 0) -> Rout
 
     There is no host sync. Ids outside [0, num_experts) are sentinels: they get no row.
     `block_m` > 0 also builds the tile map that the Triton kernels walk. A counting sort on GPUs
-    (two launches), `torch.sort` elsewhere.
+    (three launches), `torch.sort` elsewhere.
     """
     ids = top_k_index.reshape(-1)
     if block_m and ids.numel():

@@ -1,16 +1,17 @@
-"""A counting sort of the slots by expert in two launches, without atomics whose order could show.
+"""A counting sort of the slots by expert in three launches, without atomics whose order could show:
+count each chunk's slots per expert, add the counts up along the chunks, place the slots.
 
-Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, column E counts
-the sentinels.
+Shapes: ids (S,) by slot; counts (chunks + 1, BLOCK_E) slots of each chunk per expert, then those of
+all chunks before it, then, in the last row, all; column E counts the sentinels.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# A chunk is a power of two of slots; as many as fill an H200 once.
-_MIN_CHUNK, _MAX_CHUNKS = 256, 128
+_CHUNK = 256  # slots of one program
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
+_SCAN_ROWS, _SCAN_COLUMNS = 128, 16  # the block of counts that one program adds up at a time
 
 
 @triton.jit
@@ -28,26 +29,32 @@ def count_kernel(ids_ptr, counts_ptr, S, NUM_EXPERTS, CHUNK: tl.constexpr, BLOCK
 
 
 @triton.jit
+def scan_kernel(
+    counts_ptr, num_chunks, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """In place, per expert: the counts of the chunks before each chunk, and their total."""
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for c0 in range(0, num_chunks, ROWS):
+        c = c0 + tl.arange(0, ROWS)
+        at = counts_ptr + c[:, None] * BLOCK_E + e[None, :]
+        counts = tl.load(at, mask=(c < num_chunks)[:, None], other=0)
+        tl.store(at, tl.cumsum(counts, 0) - counts + total[None, :], mask=(c < num_chunks)[:, None])
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + num_chunks * BLOCK_E + e, total)
+
+
+@triton.jit
 def place_kernel(
     ids_ptr, counts_ptr, perm_ptr, inv_perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
     S, NUM_EXPERTS, num_chunks, MAX_TILES,
     CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk adds up the counts before it, then places its slots in order.
-
-    So no chunk waits for another.
-    """
+    """Every chunk's slots to their rows, in order, and its share of the tile map."""
     chunk = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    total = tl.zeros((BLOCK_E,), tl.int32)
-    for c0 in range(0, num_chunks, 16):
-        c = c0 + tl.arange(0, 16)
-        counts = tl.load(
-            counts_ptr + c[:, None] * BLOCK_E + e[None, :], mask=(c < num_chunks)[:, None], other=0
-        )
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), 0)
+    before = tl.load(counts_ptr + chunk * BLOCK_E + e)
+    total = tl.load(counts_ptr + num_chunks * BLOCK_E + e)
     total = tl.where(e < NUM_EXPERTS, total, 0)
     offsets = tl.cumsum(total, 0) - total
     if chunk == 0:
@@ -82,15 +89,15 @@ def place_kernel(
 def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: int):
     """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
     num_slots = ids.numel()
-    chunk = max(_MIN_CHUNK, triton.next_power_of_2(triton.cdiv(num_slots, _MAX_CHUNKS)))
-    num_chunks = triton.cdiv(num_slots, chunk)
-    block_e = max(16, triton.next_power_of_2(num_experts + 1))
+    num_chunks = triton.cdiv(num_slots, _CHUNK)
+    block_e = max(_SCAN_COLUMNS, triton.next_power_of_2(num_experts + 1))
     empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
-    counts, perm, inv_perm = empty(num_chunks, block_e), empty(num_slots), empty(num_slots)
+    counts, perm, inv_perm = empty(num_chunks + 1, block_e), empty(num_slots), empty(num_slots)
     offsets, tiles, num_tiles = empty(num_experts + 1), empty(max_tiles, 2), empty(1)
-    count_kernel[(num_chunks,)](ids, counts, num_slots, num_experts, chunk, block_e)
+    count_kernel[(num_chunks,)](ids, counts, num_slots, num_experts, _CHUNK, block_e)
+    scan_kernel[(block_e // _SCAN_COLUMNS,)](counts, num_chunks, block_e, _SCAN_ROWS, _SCAN_COLUMNS)
     place_kernel[(num_chunks,)](
         ids, counts, perm, inv_perm, offsets, tiles, num_tiles,
-        num_slots, num_experts, num_chunks, max_tiles, chunk, block_e, block_m, _STEP,
+        num_slots, num_experts, num_chunks, max_tiles, _CHUNK, block_e, block_m, _STEP,
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles
