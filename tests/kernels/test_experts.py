@@ -3,6 +3,8 @@
 Fused, and with a gate as written.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import fastmoe
 from benchmarks.problems import EDGE, Problem, make_inputs
+from fastmoe import decode
 from tests.kernels.common import DEVICE, DTYPES, assert_as_good_as_torch, gate_of, run
 
 SMALL = EDGE[0]
@@ -21,6 +24,30 @@ BY_NAME = {p.name: p for p in EDGE}
 def test_fused(p, dtype):
     inputs = make_inputs(p, dtype, DEVICE)
     assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
+
+
+DECODE_NAMES = ["small", "gpt_oss_sentinels", "odd_sizes", "transposed_odd", "ungated_silu_bias"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", DECODE_NAMES)
+def test_fused_for_a_few_tokens(name, tokens, dtype):
+    p = replace(BY_NAME[name], T=tokens, E=32)
+    inputs = make_inputs(p, dtype, DEVICE)
+    on_triton = fastmoe.backend_name(inputs.x) == "triton"
+    assert decode.serves(inputs.x, tokens * p.K, p.E) == on_triton
+    args = (inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    options = dict(
+        gate=gate_of(p),
+        up_bias=inputs.up_bias,
+        down_bias=inputs.down_bias,
+        is_transposed=p.transposed,
+    )
+    with torch.no_grad():
+        out, again = (fastmoe.fused_experts(*args, **options) for _ in range(2))
+    assert torch.equal(out, again)
+    assert_as_good_as_torch({"out": out}, p, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

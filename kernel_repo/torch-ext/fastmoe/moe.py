@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import ops, tuning
+from . import decode, ops, tuning
 from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
 from .device import backend_name
 from .gates import Gate
@@ -80,28 +80,54 @@ def fused_experts(
     if os.environ.get("HF_MOE_EP_CHECK") == "1":
         _check_values(x, top_k_index, top_k_weights, up.shape[0])
 
-    rows = x.to(up.dtype).contiguous()
-    weights, ids = top_k_weights.contiguous(), top_k_index.contiguous()
-    triton = backend_name(rows) == "triton"
-    block_m = tuning.bucket(ids.numel(), up.shape[0]) if triton else 0
-    routing = ops.route(ids, up.shape[0], block_m)
+    operands = (
+        x.to(up.dtype).contiguous(),
+        top_k_weights.contiguous(),
+        up,
+        down,
+        up_bias,
+        down_bias,
+    )
+    ids = top_k_index.contiguous()
     if isinstance(gate, Gate) and post_norm is None:
-        operands = (rows, weights, up, down, up_bias, down_bias)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-            out = FusedExperts.apply(*operands, ids, gate.spec(), is_transposed, block_m, *routing)
-        else:
-            layer = Layer(list(routing), block_m, ids.shape[1], is_transposed)
-            out, _ = fused_forward(*operands, layer, gate.spec(), False)
+        out = _fused(*operands, ids, gate, is_transposed)
     else:
-        layout = (ids.shape[1], is_transposed, block_m, *routing)
-        h = GroupedLinear.apply(rows, up, up_bias, True, *layout)
-        y = GroupedLinear.apply(
-            gate(h).to(down.dtype).contiguous(), down, down_bias, False, *layout
-        )
-        if post_norm is not None:
-            y = post_norm(y).contiguous()
-        out = Combine.apply(y, weights, block_m, *routing)
+        out = _as_written(*operands, ids, gate, post_norm, is_transposed)
     return out.to(x.dtype)
+
+
+def _fused(x, weights, up, down, up_bias, down_bias, ids, gate: Gate, transposed: bool) -> Tensor:
+    """The path whose gate the kernels know: differentiable, for inference, or for a few tokens."""
+    operands = (x, weights, up, down, up_bias, down_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        block_m, routing = _route(x, ids, up.shape[0])
+        return FusedExperts.apply(*operands, ids, gate.spec(), transposed, block_m, *routing)
+    if decode.serves(x, ids.numel(), up.shape[0]):
+        return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
+    block_m, routing = _route(x, ids, up.shape[0])
+    layer = Layer(list(routing), block_m, ids.shape[1], transposed)
+    return fused_forward(*operands, layer, gate.spec(), False)[0]
+
+
+def _as_written(
+    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm, transposed: bool
+) -> Tensor:
+    """The path whose gate or norm is the model's own code, run by autograd on rows by expert."""
+    block_m, routing = _route(x, ids, up.shape[0])
+    layout = (ids.shape[1], transposed, block_m, *routing)
+    h = GroupedLinear.apply(x, up, up_bias, True, *layout)
+    a = gate(h).to(down.dtype).contiguous()
+    y = GroupedLinear.apply(a, down, down_bias, False, *layout)
+    if post_norm is not None:
+        y = post_norm(y).contiguous()
+    return Combine.apply(y, weights, block_m, *routing)
+
+
+def _route(x: Tensor, ids: Tensor, num_experts: int) -> tuple[int, tuple[Tensor, ...]]:
+    """(block_m, Routing.tensors()); a tile map only where Triton runs."""
+    triton = backend_name(x) == "triton"
+    block_m = tuning.bucket(ids.numel(), num_experts) if triton else 0
+    return block_m, ops.route(ids, num_experts, block_m)
 
 
 def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:

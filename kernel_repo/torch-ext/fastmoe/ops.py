@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import combine as _combine
+from . import decode as _decode
 from . import grouped_gemm as _gemm
 from ._ops import add_op_namespace_prefix
 from .gates import Gate
@@ -164,3 +165,17 @@ def _fake_combine_backward(grad, y, weights, routing, block_m, top_k):
 )
 def combine_backward(grad, y, weights, routing, block_m, top_k):
     return _combine.combine_backward(grad, y, weights, Routing(*routing, block_m, top_k))
+
+
+def _fake_decode(x, ids, weights, up, down, up_bias, down_bias, gate, transposed):
+    return torch.empty_like(x)
+
+
+@_op(
+    "(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias,"
+    " Tensor? down_bias, str gate, bool transposed) -> Tensor",
+    _fake_decode,
+)
+def decode(x, ids, weights, up, down, up_bias, down_bias, gate, transposed):
+    gate = Gate.from_spec(gate)
+    return _decode.decode(x, ids, weights, up, down, up_bias, down_bias, gate, transposed)
