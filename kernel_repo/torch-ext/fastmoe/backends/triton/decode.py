@@ -11,19 +11,21 @@ from .gated import activation, gate_forward
 
 
 @triton.jit
-def _row_products(
-    w_ptr, n, n_mask, v_ptr, N: tl.constexpr, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
+def _products(
+    w_ptr, n, n_mask, k0, v, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N,) fp32: rows n of a weight (N, K), or columns n of (K, N), times the vector v."""
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        v = tl.load(v_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        at = k[None, :] * N + n[:, None] if TRANSPOSED else n[:, None] * K + k[None, :]
-        w = tl.load(w_ptr + at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
-        acc += w.to(tl.float32) * v[None, :]
-    return tl.sum(acc, 1)
+    """(n, BLOCK_K) fp32: rows n of a weight (N, K), or columns of (K, N), times v from depth k0."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    at = k[None, :] * N + n[:, None] if TRANSPOSED else n[:, None] * K + k[None, :]
+    w = tl.load(w_ptr + at, mask=n_mask[:, None] & (k < K)[None, :], other=0.0)
+    return w.to(tl.float32) * v[None, :]
+
+
+@triton.jit
+def _vector(v_ptr, k0, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    k = k0 + tl.arange(0, BLOCK_K)
+    return tl.load(v_ptr + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -44,12 +46,19 @@ def decode_up_kernel(
         w = up_ptr + e * U * H
         v = x_ptr + (slot // TOP_K).to(tl.int64) * H
         n_g = 2 * cols if INTERLEAVED else cols
-        g = _row_products(w, n_g, inside, v, U, H, BLOCK_N, BLOCK_K, TRANSPOSED)
+        n_u = n_g + (1 if INTERLEAVED else I)
+        acc_g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        acc_u = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for k0 in tl.static_range(0, H, BLOCK_K):  # unrolled, so that many loads are in flight
+            x = _vector(v, k0, H, BLOCK_K)
+            acc_g += _products(w, n_g, inside, k0, x, U, H, BLOCK_K, TRANSPOSED)
+            if GATED:
+                acc_u += _products(w, n_u, inside, k0, x, U, H, BLOCK_K, TRANSPOSED)
+        g = tl.sum(acc_g, 1)
         if HAS_BIAS:
             g += tl.load(bias_ptr + e * U + n_g, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            n_u = n_g + (1 if INTERLEAVED else I)
-            u = _row_products(w, n_u, inside, v, U, H, BLOCK_N, BLOCK_K, TRANSPOSED)
+            u = tl.sum(acc_u, 1)
             if HAS_BIAS:
                 u += tl.load(bias_ptr + e * U + n_u, mask=inside, other=0.0).to(tl.float32)
             a, _, _ = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
@@ -69,17 +78,22 @@ def decode_down_kernel(
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = cols < H
-    out = tl.zeros((BLOCK_N,), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    bias = tl.zeros((BLOCK_N,), tl.float32)
     for k in tl.static_range(TOP_K):
         slot = t * TOP_K + k
         e = tl.load(ids_ptr + slot).to(tl.int64)
         real = (e >= 0) & (e < NUM_EXPERTS)  # a mask, not a branch: loads of the next k overlap
         e = tl.where(real, e, 0)
-        a = a_ptr + tl.where(real, slot, 0) * I  # a sentinel's row was never written
-        y = _row_products(
-            down_ptr + e * H * I, cols, inside & real, a, H, I, BLOCK_N, BLOCK_K, TRANSPOSED
-        )
+        weight = tl.where(real, tl.load(weights_ptr + slot).to(tl.float32), 0.0)
+        for i0 in tl.static_range(0, I, BLOCK_K):
+            i = i0 + tl.arange(0, BLOCK_K)
+            a = tl.load(a_ptr + slot * I + i, mask=(i < I) & real, other=0.0).to(tl.float32)
+            acc += _products(
+                down_ptr + e * H * I, cols, inside & real, i0, a * weight, H, I, BLOCK_K, TRANSPOSED
+            )
         if HAS_BIAS:
-            y += tl.load(bias_ptr + e * H + cols, mask=inside, other=0.0).to(tl.float32)
-        out += tl.where(real, y * tl.load(weights_ptr + slot).to(tl.float32), 0.0)
+            b = tl.load(bias_ptr + e * H + cols, mask=inside, other=0.0).to(tl.float32)
+            bias += weight * b
+    out = tl.sum(acc, 1) + bias
     tl.store(out_ptr + t * H + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
