@@ -13,7 +13,7 @@ from .gates import Gate
 
 _MAX_SLOTS = 32  # from here on, experts are shared so often that sorting pays; H200, Qwen3-30B-A3B
 # (columns of the output, depth) of a program, by the memory order of the weights.
-_UP_BLOCK = {False: (8, 512), True: (64, 64)}
+_UP_BLOCK = {False: (4, 1024), True: (64, 64)}
 _DOWN_BLOCK = {False: (8, 1024), True: (64, 128)}
 
 
