@@ -20,7 +20,15 @@ from .versions import OPTIONAL, version_problem
 
 HUB_REPO = "hf-moe-ep/fastmoe"
 HUB_VERSION = 1
-API = ("fused_experts", "Gate", "Routing", "route", "reference_experts", "backend_name")
+API = (
+    "fused_experts",
+    "Gate",
+    "Routing",
+    "route",
+    "reference_experts",
+    "backend_name",
+    "kernel_backends",
+)
 
 
 @cache

@@ -20,7 +20,6 @@ from packaging.specifiers import SpecifierSet
 
 from .. import kernel, versions
 
-KERNELS = "routing, up+gate, down, combine and the weight gradients"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = ("ep_size", "tp_size", "fsdp_size", "dp_replicate_size")
 
@@ -79,8 +78,12 @@ def kernel_checks() -> list[Check]:
     checks = [Check("kernel", "source", "ok", f"{source}: {module.__file__}")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in DTYPES:
-        backend = module.backend_name(torch.empty(0, dtype=dtype, device=device))
-        detail = f"{backend} for {KERNELS}: {backend_reason(backend, device)}"
+        parts = module.kernel_backends(dtype, device)
+        names = "; ".join(
+            f"{backend} for {', '.join(part for part, b in parts.items() if b == backend)}"
+            for backend in dict.fromkeys(parts.values())
+        )
+        detail = f"{names}: {backend_reason(parts['routing'], device)}"
         checks.append(Check("kernel", str(dtype).removeprefix("torch."), "ok", detail))
     return checks
 

@@ -6,6 +6,7 @@ Names in `__all__` are the API.
 from . import layers
 from .device import backend_name
 from .gates import Gate
+from .grouped_gemm import kernel_backends
 from .moe import fused_experts
 from .reference import reference_experts
 from .routing import Routing, route
@@ -15,6 +16,7 @@ __all__ = [
     "Routing",
     "backend_name",
     "fused_experts",
+    "kernel_backends",
     "layers",
     "reference_experts",
     "route",

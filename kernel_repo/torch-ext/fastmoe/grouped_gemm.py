@@ -168,6 +168,18 @@ def bias_grad(
     return partial.sum(0).to(dtype)
 
 
+def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
+
+    "gluon" holds for 128 rows an expert and more and sizes that fit its tiles, else "triton" does.
+    """
+    name = backend_name(torch.empty(0, dtype=dtype, device=device))
+    parts = dict.fromkeys(("routing", "up+gate", "down", "combine", "weight gradients"), name)
+    if name == "triton" and dtype.itemsize == 2 and hopper.available(device):
+        parts["weight gradients"] = "gluon"
+    return parts
+
+
 def _out_in(w: torch.Tensor, transposed: bool) -> tuple[int, int]:
     """(N, K) of a weight (E, N, K), or transposed (E, K, N)."""
     return (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])

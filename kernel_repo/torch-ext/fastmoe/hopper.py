@@ -15,11 +15,12 @@ from .routing import Routing
 
 _BLOCK_M, _TILE_N, _BLOCK_K = 128, 256, 64
 _STAGES = 3  # its store buffers leave room for three
-_TRITON = ((3, 6), (3, 8))  # first version with the interface, first one not tried
+_TRITON = (3, 6)  # the one version this has run with; its 3.7 build compiles but has not met a GPU
 
 
 @lru_cache
-def _available(device: torch.device) -> bool:
+def available(device: torch.device) -> bool:
+    """Whether the device and the Triton here are the ones that this kernel has run with."""
     if (
         device.type != "cuda"
         or torch.version.hip is not None
@@ -29,7 +30,7 @@ def _available(device: torch.device) -> bool:
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return _TRITON[0] <= version < _TRITON[1]
+    return version == _TRITON
 
 
 def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
@@ -40,7 +41,7 @@ def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
     if (
         p.dtype not in (torch.bfloat16, torch.float16)
         or r.block_m < _BLOCK_K  # a step may not reach past the tiles that were written
-        or not _available(p.device)
+        or not available(p.device)
     ):
         return False
     aligned = all(t.data_ptr() % 16 == 0 for t in (p, q))

@@ -1,0 +1,100 @@
+"""The GEMM kernels compiled for GPUs that are not here: what fits an A100 and a Hopper chip.
+
+Triton brings its own assembler, so this needs no GPU; nothing is run.
+"""
+
+import json
+from importlib.resources import files
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastmoe.backends.triton.gated import gate_backward_kernel, up_gate_kernel  # noqa: E402
+from fastmoe.backends.triton.gemm import grouped_linear_kernel  # noqa: E402
+from fastmoe.backends.triton.weight_grad import weight_grad_kernel  # noqa: E402
+from fastmoe.tuning import GemmConfig  # noqa: E402
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes one program may have, by compute capability
+H, I, E, K = 2048, 768, 128, 8
+GATE = dict(GATED=True, INTERLEAVED=False, ACT="silu", ALPHA=1.0, LIMIT=float("inf"), OFFSET=0.0)
+
+
+def arguments(kernel: str, c: GemmConfig, tma: bool) -> dict:
+    """Types of the arguments and values of the constants for Qwen3-30B-A3B's experts."""
+
+    def tile(*shape):
+        return f"tensordesc<bf16[{', '.join(map(str, shape))}]>" if tma else "*bf16"
+
+    common = dict(
+        perm_ptr="*i32", offsets_ptr="*i32", tiles_ptr="*i32", num_tiles_ptr="*i32",
+        NUM_EXPERTS=E, TOP_K=K, HAS_BIAS=False, bias_ptr=None, PRECISION="ieee", BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m, NUM_PROGRAMS=132 * c.ctas,
+        FLATTEN=c.flatten, TMA_W=tma, h_ptr="*bf16", a_ptr="*bf16", I=I,
+    )  # fmt: skip
+    return common | {
+        "up_gate": dict(
+            x_ptr="*bf16", w=tile(2, c.block_n, c.block_k), K=H, TRANSPOSED=False, STORE_H=True,
+            N_TILES=-(-I // c.block_n), **GATE,
+        ),
+        "linear": dict(
+            x="*bf16", x_desc=tile(c.block_m, c.block_k) if tma else None, out_ptr="*bf16",
+            w=tile(c.block_n, c.block_k), N=H, K=I, GATHER=False, TRANSPOSED=False, TMA_X=tma,
+            N_TILES=H // c.block_n,
+        ),
+        "gate_backward": dict(
+            grad_ptr="*bf16", w=tile(c.block_k, c.block_n), weights_ptr="*bf16", K=H, S="i32",
+            grad_h_ptr="*bf16", dots_ptr="*fp32", TRANSPOSED=True, STORE_A=True,
+            N_TILES=-(-I // c.block_n), **GATE,
+        ),
+        "weight_grad": dict(
+            p=tile(c.block_k, c.block_m), q_ptr="*bf16", out_ptr="*bf16", P=2 * I, Q=H, GATHER=True,
+            stride_p="i32", stride_q=1, TMA_P=tma,
+        ),
+    }[kernel]  # fmt: skip
+
+
+KERNELS = dict(
+    up_gate=up_gate_kernel,
+    linear=grouped_linear_kernel,
+    gate_backward=gate_backward_kernel,
+    weight_grad=weight_grad_kernel,
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("name", "capability"), [("a100", 80), ("h200", 90)])
+@pytest.mark.parametrize("rows", ["128", "16"])
+def test_shipped_configs_compile_and_fit(kernel, name, capability, rows):
+    table = json.loads((files("fastmoe") / "configs" / f"{name}.json").read_text())["buckets"]
+    c = GemmConfig(**table[rows][kernel])
+    if kernel == "weight_grad":
+        c = GemmConfig(**table[rows][kernel] | dict(block_k=min(c.block_k, int(rows))))
+    limit = SHARED_MEMORY[capability]
+    c = c.fitted(2, c.block_n * (2 if kernel == "up_gate" else 1), limit)
+    function = KERNELS[kernel]
+    values = arguments(kernel, c, tma=capability >= 90)
+    types = ("*", "tensordesc", "i32")
+    signature = {
+        p.name: v if isinstance(v := values[p.name], str) and v.startswith(types) else "constexpr"
+        for p in function.params
+    }
+    constants = {n: values[n] for n, kind in signature.items() if kind == "constexpr"}
+    pointers = [i for i, p in enumerate(function.params) if signature[p.name].startswith("*")]
+    source = ASTSource(
+        function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(num_warps=c.num_warps, num_stages=c.num_stages),
+    )
+    assert 0 < compiled.metadata.shared <= limit
+    ptx = compiled.asm["ptx"]
+    assert ("wgmma" in ptx) == (capability == 90 and c.block_m >= 64)
+    assert ("cp.async.bulk" in ptx) == (capability == 90)
