@@ -54,6 +54,16 @@ def test_frozen_inputs_compute_no_input_gradient():
     assert backward_ops({"x"}).count("grouped_linear") == 0
 
 
+def test_frozen_experts_do_not_keep_the_input():
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    inputs.x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        args = (inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+        fastmoe.fused_experts(inputs.x, *args)
+    assert inputs.x.data_ptr() not in {t.data_ptr() for t in saved}
+
+
 def test_inference_keeps_no_up_projection():
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
     seen = []

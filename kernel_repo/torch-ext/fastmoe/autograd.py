@@ -49,7 +49,10 @@ class FusedExperts(torch.autograd.Function):
     ):  # fmt: skip
         layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
         out, h = fused_forward(x, weights, up, down, up_bias, down_bias, layer, gate, True)
-        ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing)
+        needed_x = x if ctx.needs_input_grad[2] else None  # only the up weight's gradient reads it
+        ctx.save_for_backward(
+            needed_x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing
+        )
         ctx.gate, ctx.transposed, ctx.block_m = gate, transposed, block_m
         return out
 

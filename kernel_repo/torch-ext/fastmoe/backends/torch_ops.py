@@ -14,6 +14,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+# Public since torch 2.10; the private name has a CPU kernel since 2.9.
+_torch_grouped_mm = getattr(F, "grouped_mm", None)
+if _torch_grouped_mm is None and torch.__version__ >= (2, 9):
+    _torch_grouped_mm = torch._grouped_mm
 _ALIGNMENT = 16  # bytes; what torch's grouped_mm asks of the strides and pointers of its operands
 
 
@@ -132,7 +136,7 @@ def _row_experts(r, past_end: int | None = None) -> torch.Tensor:
 def _grouped_mm(rows: torch.Tensor, w: torch.Tensor, r) -> torch.Tensor:
     """(S, N) from rows (S, K) and w (E, K, N)."""
     if _serves_grouped_mm(rows, w):
-        return F.grouped_mm(rows, w, offs=r.offsets[1:])
+        return _torch_grouped_mm(rows, w, offs=r.offsets[1:])
     out = rows.new_zeros(rows.shape[0], w.shape[2])
     for e, lo, hi in _segments(r):
         out[lo:hi] = _mm(rows[lo:hi], w[e])
@@ -142,7 +146,7 @@ def _grouped_mm(rows: torch.Tensor, w: torch.Tensor, r) -> torch.Tensor:
 def _outer_products(a: torch.Tensor, b: torch.Tensor, r) -> torch.Tensor:
     """(E, A, B) from rows a (S, A) and b (S, B)."""
     if _serves_grouped_mm(a, b):
-        return F.grouped_mm(a.t(), b, offs=r.offsets[1:])
+        return _torch_grouped_mm(a.t(), b, offs=r.offsets[1:])
     out = a.new_zeros(r.num_experts, a.shape[1], b.shape[1])
     for e, lo, hi in _segments(r):
         out[e] = _mm(a[lo:hi].t(), b[lo:hi])
@@ -154,7 +158,7 @@ def _serves_grouped_mm(a: torch.Tensor, b: torch.Tensor) -> bool:
 
     16-bit or fp32, strides that are multiples of 16 bytes.
     """
-    if not hasattr(F, "grouped_mm") or a.dtype not in (
+    if _torch_grouped_mm is None or a.dtype not in (
         torch.float32,
         torch.bfloat16,
         torch.float16,
