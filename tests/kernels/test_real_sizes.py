@@ -5,10 +5,10 @@ dtype, no NaN in memory that starts as NaN. Also the random problems that only a
 for.
 """
 
-import fastmoe
 import pytest
 import torch
 
+import fastmoe
 from benchmarks import gate, peers
 from benchmarks.problems import TRAINING, Problem, make_inputs
 from tests.kernels.common import DEVICE, DTYPES, assert_as_good_as_torch, run
