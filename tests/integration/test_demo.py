@@ -55,7 +55,7 @@ def test_numbers(numbers):
 
 def test_provenance(numbers):
     assert numbers["command"].startswith("hf-moe-ep demo --output ")
-    assert numbers["device"].startswith("CPU, ")
+    assert numbers["device"].startswith("CPU (")
     assert numbers["backend"] == "torch"
     assert numbers["versions"]["torch"] == torch.__version__
     assert numbers["settings"]["steps"] == STEPS

@@ -12,10 +12,11 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", 
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or "CPU, 2 threads (x86_64)"."""
+    """The GPU's name, or "CPU (x86_64), 2 threads"."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str | None]:

@@ -102,9 +102,12 @@ def plot(settings: Settings, eager: Run, fast: Run, device: str, path: Path) -> 
     ):
         apart.plot([left, right], [bound, bound], color=red, linestyle="--", linewidth=1)
     apart.text(1, bounds.first_steps * 1.5, "bound", color=red, va="bottom")
+    right_edge = ("axes fraction", "data")
+    apart.annotate("equal", (1.01, floor), xycoords=right_edge, color="#777777", va="center")
     apart.set_ylim(floor / 2, bounds.all_steps * 5)
     apart.set_ylabel("|difference|\n(nats per token)")
     apart.set_xlabel("optimizer step")
+    apart.xaxis.get_major_locator().set_params(integer=True)
     for axes in (losses, apart):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """Trains the demo's model with one experts implementation, from given weights, and reloads it.
 `train` returns what was measured as a `Run`; nothing here compares runs."""
 
+import gc
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ def write_initial_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config).to(getattr(torch, settings.dtype))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return model.num_parameters()
@@ -98,6 +99,10 @@ def train(
     settings: Settings, implementation: str, initial: Path, texts: list[str], scratch: Path
 ) -> tuple[Run, SFTTrainer]:
     """One run of TRL's SFTTrainer over `texts` from the weights in `initial`."""
+    if settings.device == "cuda":
+        gc.collect()  # the run before this one leaves its model in reference cycles
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     trainer = SFTTrainer(
         model=str(initial),
         args=_arguments(settings, implementation, scratch),
@@ -108,8 +113,6 @@ def train(
     run = Run(implementation)
     MoETelemetryCallback().attach(trainer)
     trainer.add_callback(Recorder(run))
-    if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     trainer.train()
     if settings.device == "cuda":
         run.peak_memory = torch.cuda.max_memory_allocated()
