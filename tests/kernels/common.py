@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from fastmoe.device import INTERPRETING
 
 import fastmoe
 from benchmarks.problems import Inputs, Problem
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter is for CPU tensors: its small tiles, in fp32.
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if DEVICE == "cuda" else [torch.float32]
 
 
