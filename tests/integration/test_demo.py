@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe_ep.cli.demo import data, report, run, settings
 from hf_moe_ep.cli.demo.train import Run
@@ -110,12 +111,20 @@ def test_verdict(apart, where):
         assert "That is NOT float noise" in run.conclusion(settings.CPU, verdict)
 
 
-def test_curves_that_differ_end_in_failure(monkeypatch, tmp_path):
-    """The exit status follows the verdict: with bounds that no difference can meet, it is 1."""
-    none = settings.Bounds(first_step=-1.0, first_steps=-1.0, all_steps=-1.0)
-    small = dataclasses.replace(settings.CPU, layers=1, hidden=32, steps=1, batch=1, bounds=none)
-    monkeypatch.setattr(report, "plot", lambda *a: None)
+def test_a_lost_gradient_is_noticed(monkeypatch, tmp_path, capsys):
+    """The whole demo with a fastmoe that keeps the router from learning: same forward, exit 1."""
+    real = ALL_EXPERTS_FUNCTIONS["fastmoe"]
+
+    def broken(self, hidden_states, top_k_index, top_k_weights):
+        return real(self, hidden_states, top_k_index, top_k_weights.detach())
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "fastmoe", broken)
+    small = dataclasses.replace(settings.CPU, layers=2, hidden=64, steps=5, batch=2)
     assert run.demo(small, tmp_path, "test") == 1
+    assert "NOT float noise: the losses of eager and fastmoe are" in capsys.readouterr().out
+    verdict = json.loads((tmp_path / "demo.json").read_text())["verdict"]
+    assert verdict["first_step"] <= small.bounds.first_step
+    assert "within the first 10 steps" in verdict["problem"]
 
 
 def test_table():
