@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fastmoe.device import INTERPRETING
 
 import fastmoe
 from benchmarks.problems import Inputs, Problem
+from fastmoe.device import INTERPRETING
 
 # The interpreter is for CPU tensors: its small tiles, in fp32.
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
