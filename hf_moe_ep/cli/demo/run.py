@@ -106,7 +106,7 @@ def demo(settings, output: Path, command: str) -> int:
     print(f"Sample: {sample!r}\n")
 
     report.plot(settings, eager, fast, device, output / "loss.png")
-    runs = [run.numbers() | {"step_seconds": report.step_seconds(run)} for run in (eager, fast)]
+    runs = [asdict(run) | {"step_seconds": report.step_seconds(run)} for run in (eager, fast)]
     numbers = {
         "command": command,
         "commit": provenance.commit(),
@@ -126,12 +126,12 @@ def demo(settings, output: Path, command: str) -> int:
 
 
 def conclusion(settings, verdict) -> str:
-    """The verdict in words."""
+    """The verdict in two lines."""
     bounds = settings.bounds
     found = (
-        f"Largest difference between the two loss curves: {verdict.loss:.1e} at step "
-        f"{verdict.at_step} (bound {bounds.loss:.0e});\nrelative difference between all gradients "
-        f"of step 1: {verdict.gradient:.1e} (bound {bounds.gradient:.0e})."
+        f"Largest difference between the two loss curves: {verdict.all_steps:.1e} at step "
+        f"{verdict.at_step} (bound {bounds.all_steps:.0e}); in the first steps: "
+        f"{verdict.first_steps:.1e} (bound {bounds.first_steps:.0e})."
     )
     if verdict.problem is None:
         return f"{found}\nThat is float noise."

@@ -35,11 +35,6 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # wall time, data and logging included
     mfu: list[float] = field(default_factory=list)  # 0.31 is 31 %; empty if the peak is unknown
     peak_memory: int | None = None  # bytes allocated on the GPU at most; None on CPUs
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of step 1, on the CPU
-
-    def numbers(self) -> dict:
-        """Everything but the gradients, for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "gradients"}
 
 
 class Recorder(TrainerCallback):
@@ -49,12 +44,6 @@ class Recorder(TrainerCallback):
         self.run = run
         self.tokens_seen = 0
         self.printed = float("-inf")
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            self.run.gradients = {
-                name: p.grad.to("cpu", copy=True) for name, p in model.named_parameters()
-            }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
