@@ -3,13 +3,8 @@
 With tp_size 1 the ranks hold different sequences and exchange tokens, with 2 they hold the same.
 """
 
-import os
-import socket
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -17,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_ep  # noqa: F401  (registers "fastmoe")
 from tests import families
+from tests.distributed.ranks import run_ranks
 
 WORLD = 2
 # (family, tp_size, ep_implementation, every token on the experts of rank 0)
@@ -81,11 +77,7 @@ def errors_against_one_process(model_dir, tp_size, ep_implementation):
     return errors
 
 
-def worker(rank, root, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def check_all(root):
     registered, called = ALL_EXPERTS_FUNCTIONS["fastmoe"], []
     ALL_EXPERTS_FUNCTIONS["fastmoe"] = lambda *args: called.append(args[0]) or registered(*args)
     for scenario in SCENARIOS:
@@ -97,16 +89,9 @@ def worker(rank, root, port):
         wrong = {name: error for name, error in errors.items() if not error < 1e-5}  # NaN is wrong
         assert not wrong, f"{scenario}: {wrong}"
         assert len(called) == 2, f"{scenario}: fastmoe ran {len(called)} times in two layers"
-    dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_ranks_match_one_process(tmp_path):
     for name, one_sided in {(s[0], s[3]) for s in SCENARIOS}:
         save_model_and_reference(tmp_path, name, one_sided)
-    mp.spawn(worker, (tmp_path, free_port()), nprocs=WORLD)  # raises what a worker raised
+    run_ranks(WORLD, check_all, tmp_path)
