@@ -27,7 +27,9 @@ API = (
     "route",
     "reference_experts",
     "backend_name",
+    "exchange",
     "kernel_backends",
+    "sum_rows",
 )
 
 

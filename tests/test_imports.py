@@ -24,7 +24,7 @@ KERNEL_LAYERS = (
     {"moe"},
     {"autograd"},
     {"ops"},
-    {"grouped_gemm", "combine", "decode"},
+    {"grouped_gemm", "combine", "decode", "exchange"},
     {"hopper"},
     {"routing"},
     {"backends"},

@@ -3,7 +3,8 @@
 Names in `__all__` are the API.
 """
 
-from . import layers
+from . import exchange, layers
+from .combine import sum_rows
 from .device import backend_name
 from .gates import Gate
 from .grouped_gemm import kernel_backends
@@ -15,9 +16,11 @@ __all__ = [
     "Gate",
     "Routing",
     "backend_name",
+    "exchange",
     "fused_experts",
     "kernel_backends",
     "layers",
     "reference_experts",
     "route",
+    "sum_rows",
 ]

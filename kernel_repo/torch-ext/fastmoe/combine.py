@@ -20,16 +20,28 @@ def combine(y: torch.Tensor, weights: torch.Tensor | None, r: Routing) -> torch.
     Summed in order and in fp32. Without `weights` the plain sum, which is the backward of gathering
     rows. Sentinels add nothing and are not read.
     """
+    return _sum_rows(y, weights, r.inv_perm.view(-1, r.top_k))
+
+
+def sum_rows(y: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(T, H) in the dtype of y (R, H): the sum over j of y[positions[t, j]].
+
+    In order and in fp32. A negative position (T, n; int32 or int64) adds nothing.
+    """
+    return _sum_rows(y, None, positions.contiguous())
+
+
+def _sum_rows(y, weights, positions: torch.Tensor) -> torch.Tensor:
     if backend_name(y) == "torch":
-        return torch_ops.combine(y, weights, r)
+        return torch_ops.sum_rows(y, weights, positions)
     from .backends.triton.combine import combine_kernel
 
-    tokens, width = r.inv_perm.numel() // r.top_k, y.shape[1]
+    (tokens, top_k), width = positions.shape, y.shape[1]
     out = y.new_empty(tokens, width)
     block = min(_MAX_BLOCK_H, _next_power_of_2(width))
     if tokens:
         combine_kernel[(tokens, -(-width // block))](
-            y, weights, r.inv_perm, out, width, r.top_k, weights is not None, block,
+            y, weights, positions, out, width, top_k, weights is not None, block,
             num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
     return out

@@ -86,17 +86,16 @@ def bias_grad(rows, weights, r, gather, dtype):
     return out.index_add_(0, _row_experts(r, past_end=r.num_experts), rows)[:-1].to(dtype)
 
 
-def combine(y, weights, r):
-    """(T, H): the sum of y (S, H) over a token's slots, weighted where weights are given.
+def sum_rows(y, weights, positions):
+    """(T, H): the sum over j of y[positions[t, j]], weighted where weights (T, n) are given.
 
-    In slot order, and in fp32 at least.
+    In order, and in fp32 at least; a negative position adds nothing.
     """
-    out = y.new_zeros(
-        r.inv_perm.numel() // r.top_k, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)
-    )
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    out = y.new_zeros(positions.shape[0], y.shape[1], dtype=dtype)
     if not y.shape[0]:
         return out.to(y.dtype)
-    for k, row in enumerate(r.inv_perm.view(-1, r.top_k).unbind(1)):
+    for k, row in enumerate(positions.unbind(1)):
         part = y[row.clamp(min=0)].to(out.dtype)
         if weights is not None:
             part = part * weights[:, k, None]

@@ -1,0 +1,211 @@
+"""How a token's row reaches the ranks of its experts and how their partial sums come back.
+
+Shapes: n ranks in the group, T tokens here, H hidden, K experts a token, R rows received. A token
+goes to a rank at most once; its K ids and routing weights travel with it. Rank r of a group holds
+the experts [r * experts, (r + 1) * experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..kernel import get_kernel
+
+fastmoe = get_kernel()
+
+
+class Layout(Protocol):
+    """Where one batch's rows are: two linear maps, each the other's transpose."""
+
+    def send(self, x: Tensor) -> Tensor:
+        """(T, W) -> (R, W): each token's row to every rank that holds one of its experts."""
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """(R, W) -> (T, W): the sum of a token's rows over the ranks, fp32, in rank order."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a rank's experts run on."""
+
+    rows: Tensor  # (R, H) in the dtype of x; a row whose ids are all sentinels may hold anything
+    ids: Tensor  # (R, K) int32 local ids; `experts` is the sentinel, an expert elsewhere. [[0, 4]]
+    weights: Tensor  # (R, K) in the dtype of the routing weights, 0 at sentinels. [[0.7, 0.0]]
+    layout: Layout
+
+
+class Exchange(Protocol):
+    """One way of moving rows within a group."""
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
+        """x (T, H), ids (T, K) global, weights (T, K); `lengths` the T of every rank."""
+
+
+class GatherExchange:
+    """Every row to every rank: no split sizes, so no host wait and static shapes.
+
+    For few ranks, where nearly every token has an expert on each: top-8 of 128 sends 99.7% of its
+    rows to both of two ranks and 90% to all of four.
+    """
+
+    def __init__(self, group: ProcessGroup, experts: int):
+        self.group, self.experts = group, experts
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
+        n, longest = len(lengths), max(lengths)
+        wanted = _wanted(ids, self.experts, n)
+        at = (
+            torch.arange(n, device=x.device) * longest
+        )  # first row of a rank, here and in `collect`
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + at  # (T, n)
+        layout = _Gathered(self.group, n, longest, rows.masked_fill(~wanted, -1))
+        # A padding row is a token without experts; its content is never read.
+        routes = layout.send(_pack(ids, weights))
+        padding = torch.arange(longest, device=x.device).expand(n, -1).flatten() >= (
+            torch.tensor(lengths, device=x.device).repeat_interleave(longest)
+        )
+        ids, weights = _unpack(routes, weights.dtype)
+        ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts, padding)
+        return Received(layout.send(x), ids, weights, layout)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    group: ProcessGroup
+    n: int  # ranks. 2
+    longest: int  # rows of each rank, padded. 16384
+    positions: Tensor  # (T, n) row of a token's partial in what comes back; -1 for none
+
+    def send(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.n * self.longest, *x.shape[1:])
+        if x.shape[0] < self.longest:
+            x = torch.cat([x, x.new_zeros(self.longest - x.shape[0], *x.shape[1:])])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        return out
+
+    def collect(self, rows: Tensor) -> Tensor:
+        back = torch.empty_like(rows)
+        dist.all_to_all_single(back, rows.contiguous(), group=self.group)
+        return fastmoe.sum_rows(back, self.positions)
+
+
+class RowsExchange:
+    """A row only to the ranks that hold one of its experts, by all-to-all with split sizes.
+
+    The sizes are the one thing the host waits for, once per forward.
+    """
+
+    def __init__(self, group: ProcessGroup, experts: int):
+        self.group, self.experts = group, experts
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
+        wanted = _wanted(ids, self.experts, dist.get_world_size(self.group))
+        sent = wanted.sum(0)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        sent, received = torch.stack([sent, received]).tolist()
+        layout = _Rows(self.group, *_rank_major(wanted, sum(sent)), sent, received)
+        ids, weights = _unpack(layout.send(_pack(ids, weights)), weights.dtype)
+        ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts)
+        return Received(layout.send(x), ids, weights, layout)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    group: ProcessGroup
+    tokens: Tensor  # (rows sent,) which token each is, rank after rank. [0, 2, 0, 1]
+    positions: Tensor  # (T, n) the inverse: where token t's row for rank r is; -1 for none
+    sent: list[int]  # rows to each rank. [2, 2]
+    received: list[int]  # rows from each rank. [2, 3]
+
+    def send(self, x: Tensor) -> Tensor:
+        out = x.new_empty(sum(self.received), *x.shape[1:])
+        dist.all_to_all_single(out, x[self.tokens], self.received, self.sent, group=self.group)
+        return out
+
+    def collect(self, rows: Tensor) -> Tensor:
+        back = rows.new_empty(sum(self.sent), *rows.shape[1:])
+        dist.all_to_all_single(back, rows.contiguous(), self.sent, self.received, group=self.group)
+        return fastmoe.sum_rows(back, self.positions)
+
+
+class NodesExchange:
+    """One row per (token, node) between nodes, fanned out inside the node, and back the same way.
+
+    `across` joins the ranks of one place in every node, `inside` the ranks of this node; a row
+    goes first to the rank of its own place in the other node.
+    """
+
+    def __init__(self, across: ProcessGroup, inside: ProcessGroup, experts: int):
+        self.across = RowsExchange(across, experts * dist.get_world_size(inside))
+        self.inside = RowsExchange(inside, experts)
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
+        outer = self.across.dispatch(x, ids, weights, lengths)
+        inner = self.inside.dispatch(outer.rows, outer.ids, outer.weights, lengths)
+        layout = _Nodes(outer.layout, inner.layout)
+        return Received(inner.rows, inner.ids, inner.weights, layout)
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    across: Layout
+    inside: Layout
+
+    def send(self, x: Tensor) -> Tensor:
+        return self.inside.send(self.across.send(x))
+
+    def collect(self, rows: Tensor) -> Tensor:
+        return self.across.collect(self.inside.collect(rows))
+
+
+def _wanted(ids: Tensor, experts: int, n: int) -> Tensor:
+    """(T, n) bool: whether token t has an expert on rank r. Sentinels are on no rank."""
+    owner = (ids // experts).clamp(max=n).long()
+    wanted = torch.zeros(ids.shape[0], n + 1, dtype=torch.bool, device=ids.device)
+    return wanted.scatter_(1, owner, True)[:, :n]
+
+
+def _rank_major(wanted: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(tokens (total,), positions (T, n)) of the rows to send, rank after rank, tokens in order.
+
+    Example: wanted [[1, 1], [0, 1], [1, 0]] -> tokens [0, 2, 0, 1], positions [[0, 2], [-1, 3],
+    [1, -1]].
+    """
+    flat = wanted.T.flatten()  # (n * T,)
+    at = flat.cumsum(0) - 1
+    token = torch.arange(wanted.shape[0], device=wanted.device).repeat(wanted.shape[1])
+    tokens = token.new_empty(total + 1)  # the last place takes what is not sent
+    tokens.scatter_(0, torch.where(flat, at, total), token)
+    positions = torch.where(flat, at, -1).view(wanted.shape[1], -1).T
+    return tokens[:total], positions
+
+
+def _pack(ids: Tensor, weights: Tensor) -> Tensor:
+    """(T, 2K) integers: the ids, then the bits of the weights, widened to 32 bits or 64."""
+    wide = weights.dtype == torch.float64
+    bits = weights.double().view(torch.int64) if wide else weights.float().view(torch.int32)
+    return torch.cat([ids.to(bits.dtype), bits], 1)
+
+
+def _unpack(routes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    ids, bits = routes.chunk(2, 1)
+    weights = bits.contiguous().view(torch.float64 if bits.itemsize == 8 else torch.float32)
+    return ids.int(), weights.to(dtype)
+
+
+def _localise(
+    ids: Tensor, weights: Tensor, rank: int, experts: int, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Local ids and their weights; elsewhere, and on padding rows, sentinels with weight 0."""
+    local = ids - rank * experts
+    elsewhere = (local < 0) | (local >= experts)
+    if padding is not None:
+        elsewhere = elsewhere | padding.unsqueeze(1)
+    return local.masked_fill(elsewhere, experts), weights.masked_fill(elsewhere, 0.0)

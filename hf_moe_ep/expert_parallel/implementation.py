@@ -1,0 +1,153 @@
+"""`ep_implementation="fastmoe"`: what transformers calls in place of an experts module's forward.
+
+Shapes: hidden_states (T, H), top_k_index (T, K) global ids, top_k_weights (T, K).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from itertools import count, groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed import expert_parallel as upstream
+
+from .agreement import agree, host_group
+from .autograd import Combine, Dispatch
+from .exchange import Exchange, GatherExchange, NodesExchange, RowsExchange
+
+GATHER_UP_TO = 4  # ranks; with more, sending only the rows that are wanted saves a quarter or more
+
+
+class FastMoEEP(upstream.EPImplementation):
+    """A token's row goes once to each rank that holds one of its experts; one partial sum returns.
+
+    The experts (`experts_implementation="fastmoe"`; grouped_mm runs too) sort the received rows
+    themselves and skip the ids of other ranks' experts. Where the EP group is the TP group, all
+    ranks hold the same tokens already: each runs its own experts on all of them, and the outputs
+    are summed, in transformers' `AllReduceEP`.
+
+    Rows travel as all ranks' NVLink or network allow, see `make_exchange`. Before a layer's
+    exchange the ranks compare a few integers on the host (`agreement.agree`), so that token counts
+    may differ, also to zero, and a rank that stopped is named. Sums are in fp32 and in rank order:
+    the same inputs give the same bits.
+
+    Raises, when called: what `agree` raises.
+    """
+
+    def __init__(self, experts, ep_mesh, tp_mesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.group = ep_mesh.get_group()
+        self.layer = next(_layers(self.group))
+        if self.shares_batch:
+            self.shared = upstream.AllReduceEP(experts, ep_mesh, tp_mesh)
+        else:
+            self.host_group = host_group(self.group)
+            self.exchange = make_exchange(self.group, self.num_local_experts)
+
+    @torch.compiler.disable
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H): the weighted sum of each token's experts, wherever they are."""
+        if self.shares_batch:
+            return self.shared(hidden_states, top_k_index, top_k_weights)
+        own = (hidden_states, top_k_index, top_k_weights)
+        if self.tp_mesh.size() > 1:  # the ranks of a TP group hold the same tokens: each takes some
+            own = [_redistribute(t, self.tp_mesh, Replicate(), Shard(0)) for t in own]
+        out = self._exchanged(*own)
+        if self.tp_mesh.size() > 1:
+            out = _redistribute(out, self.tp_mesh, Shard(0), Replicate(), hidden_states.shape)
+        return out
+
+    def _exchanged(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        lengths = agree(self.host_group, self.layer, x, ids, weights)
+        if not any(lengths):
+            return x + 0.0 * weights.sum()  # nobody has a token: keep the graph, send nothing
+        rows, ids, weights, layout = Dispatch.apply(
+            x.contiguous(), weights, ids, self.exchange, lengths
+        )
+        return Combine.apply(self._local_experts(rows, ids, weights), layout)
+
+    def _local_experts(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if rows.shape[0]:
+            return self.experts_forward(rows, ids, weights)
+        # One row for no expert: not every experts implementation takes none, and the empty rows
+        # must stay in the graph, whose backward is a collective.
+        one = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        ids = ids.new_full((1, ids.shape[1]), self.num_local_experts)
+        weights = torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
+        return self.experts_forward(one, ids, weights)[:0]
+
+
+class AutoEP(upstream.AutoEP):
+    """`ep_implementation="auto"`: `FastMoEEP` for fastmoe experts, transformers' own for others."""
+
+    def __init__(self, experts, ep_mesh, tp_mesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.config = getattr(experts, "config", None)
+        self.fastmoe = FastMoEEP(experts, ep_mesh, tp_mesh)
+
+    def __call__(self, hidden_states, top_k_index, top_k_weights):
+        if getattr(self.config, "_experts_implementation", None) == "fastmoe":
+            return self.fastmoe(hidden_states, top_k_index, top_k_weights)
+        return super().__call__(hidden_states, top_k_index, top_k_weights)
+
+
+def make_exchange(group: ProcessGroup, experts: int) -> Exchange:
+    """The way that rows of `group`, with `experts` experts a rank, travel. All ranks choose alike.
+
+    HF_MOE_EP_EXCHANGE=gather|rows chooses by hand. A group over several nodes (of
+    HF_MOE_EP_RANKS_PER_NODE ranks, by default torchrun's LOCAL_WORLD_SIZE) sends one row per token
+    and node.
+
+    Raises:
+        ValueError: HF_MOE_EP_EXCHANGE names no way.
+    """
+    n = dist.get_world_size(group)
+    by_hand = os.environ.get("HF_MOE_EP_EXCHANGE", "auto")
+    if by_hand not in ("auto", "gather", "rows"):
+        raise ValueError(f"HF_MOE_EP_EXCHANGE must be auto, gather or rows, got {by_hand!r}")
+    if by_hand == "auto" and (groups := _node_groups(group)):
+        return NodesExchange(*groups, experts)
+    if by_hand == "gather" or (by_hand == "auto" and n <= GATHER_UP_TO):
+        return GatherExchange(group, experts)
+    return RowsExchange(group, experts)
+
+
+@cache
+def _node_groups(group: ProcessGroup) -> tuple[ProcessGroup, ProcessGroup] | None:
+    """(across, inside) for a group that fills several nodes evenly, else None."""
+    ranks = dist.get_process_group_ranks(group)
+    size = int(os.environ.get("HF_MOE_EP_RANKS_PER_NODE") or os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if not size:
+        return None
+    nodes = [list(node) for _, node in groupby(ranks, lambda rank: rank // size)]
+    if len(nodes) < 2 or len({len(node) for node in nodes}) > 1 or len(nodes[0]) < 2:
+        return None
+    me = dist.get_rank()
+    inside = next(node for node in nodes if me in node)
+    across = [node[inside.index(me)] for node in nodes]
+    return tuple(
+        dist.new_group(part, backend=dist.get_backend(group), use_local_synchronization=True)
+        for part in (across, inside)
+    )
+
+
+@cache
+def _layers(group: ProcessGroup) -> Iterator[int]:
+    """Numbers the experts modules of a group, 0 for the first: a layer's name in errors."""
+    return count()
+
+
+def _redistribute(t: Tensor, mesh, source, target, shape: torch.Size | None = None) -> Tensor:
+    """`t` laid out as `target` instead of `source` over the mesh, as a plain tensor.
+
+    The transpose in backward is DTensor's.
+    """
+    sizes = {} if shape is None else dict(shape=shape, stride=(shape[1], 1))
+    placed = DTensor.from_local(t.contiguous(), mesh, [source], run_check=False, **sizes)
+    return placed.redistribute(mesh, [target]).to_local()

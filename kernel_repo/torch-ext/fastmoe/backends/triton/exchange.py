@@ -1,0 +1,71 @@
+"""Rows read from other GPUs' memory, one program a row; bound by the link.
+
+Shapes: as in the host file. A buffer's address on a rank is an integer in peers_ptr.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _published(peers_ptr, rank, offset, LIKE):
+    """A pointer of the type of LIKE to what `rank` published at `offset` bytes."""
+    address = tl.load(peers_ptr + rank) + offset
+    return address.to(tl.pointer_type(LIKE.dtype.element_ty))
+
+
+@triton.jit
+def pull_routes_kernel(
+    peers_ptr, offset, ids_ptr, weights_ptr, S, T, FIRST, NUM_EXPERTS,
+    TOP_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Local ids, or the sentinel NUM_EXPERTS with weight 0, and weights of all slots."""
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    inside = slots < S
+    row, k = slots // TOP_K, slots % TOP_K
+    address = tl.load(peers_ptr + row // T, mask=inside, other=0) + offset
+    at = address.to(tl.pointer_type(tl.int32)) + (row % T).to(tl.int64) * (2 * TOP_K) + k
+    local = tl.load(at, mask=inside, other=0) - FIRST
+    weight = tl.load(at + TOP_K, mask=inside, other=0).to(tl.float32, bitcast=True)
+    here = (local >= 0) & (local < NUM_EXPERTS)
+    tl.store(ids_ptr + slots, tl.where(here, local, NUM_EXPERTS), mask=inside)
+    tl.store(weights_ptr + slots, tl.where(here, weight, 0.0), mask=inside)
+
+
+@triton.jit
+def pull_rows_kernel(
+    peers_ptr, offset, ids_ptr, out_ptr, T, H, NUM_EXPERTS,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out[row] = x[row % T] of rank row // T, where the row has an expert here."""
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=NUM_EXPERTS)
+    if tl.min(ids, 0) < NUM_EXPERTS:
+        source = _published(peers_ptr, row // T, offset, out_ptr) + (row % T).to(tl.int64) * H
+        for h0 in range(0, H, BLOCK_H):
+            cols = h0 + tl.arange(0, BLOCK_H)
+            value = tl.load(source + cols, mask=cols < H)
+            tl.store(out_ptr + row.to(tl.int64) * H + cols, value, mask=cols < H)
+
+
+@triton.jit
+def pull_sums_kernel(
+    peers_ptr, offset, ids_ptr, out_ptr, FIRST_ROW, H, NUM_EXPERTS, TOP_K: tl.constexpr,
+    NUM_RANKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over the ranks with an expert of t, in order and in fp32, of their row of t."""
+    t = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + t.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=-1)
+    owners = tl.where(ids >= 0, ids // NUM_EXPERTS, NUM_RANKS)
+    for h0 in range(0, H, BLOCK_H):
+        cols = h0 + tl.arange(0, BLOCK_H)
+        acc = tl.zeros((BLOCK_H,), tl.float32)
+        for r in tl.static_range(NUM_RANKS):
+            asked = tl.max((owners == r).to(tl.int32), 0) > 0
+            source = _published(peers_ptr, r, offset, out_ptr) + (FIRST_ROW + t).to(tl.int64) * H
+            part = tl.load(source + cols, mask=(cols < H) & asked, other=0.0)
+            acc += part.to(tl.float32)
+        value = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + t.to(tl.int64) * H + cols, value, mask=cols < H)

@@ -1,0 +1,77 @@
+"""Moving tokens between ranks whose memory this GPU can read: pulls rows, and sums what comes back.
+
+Shapes: n ranks, T tokens published by each, R = n*T rows here (row = rank*T + t), H hidden, K
+experts a token. `peers` (n,) int64 holds the address of every rank's copy of one buffer, `offset`
+the byte where an array starts in it. The caller orders publishing and pulling (barriers).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def pull_routes(
+    peers: torch.Tensor, offset: int, tokens: int, top_k: int, first: int, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids (R, K) int32, weights (R, K) fp32) of every rank's tokens, seen from this rank.
+
+    Each rank has published (T, 2K) int32 at `offset`: K global ids, then the bits of K fp32
+    weights. An id becomes a local one, id - first; that of another rank's expert becomes the
+    sentinel num_experts with weight 0.
+    """
+    from .backends.triton.exchange import pull_routes_kernel
+
+    ids = torch.empty(peers.numel() * tokens, top_k, dtype=torch.int32, device=peers.device)
+    weights = torch.empty_like(ids, dtype=torch.float32)
+    if ids.numel():
+        block = 256
+        pull_routes_kernel[(-(-ids.numel() // block),)](
+            peers, offset, ids, weights, ids.numel(), tokens, first, num_experts, top_k, block
+        )
+    return ids, weights
+
+
+def pull_rows(
+    peers: torch.Tensor, offset: int, ids: torch.Tensor, width: int, num_experts: int, dtype
+) -> torch.Tensor:
+    """(R, H): the published rows (T, H) of every rank that have an expert here.
+
+    `ids` (R, K) from `pull_routes`. Rows without a local expert are left unwritten: nothing crosses
+    the link for them, and nothing may read them.
+    """
+    from .backends.triton.exchange import pull_rows_kernel
+
+    rows = torch.empty(ids.shape[0], width, dtype=dtype, device=peers.device)
+    if ids.shape[0]:
+        tokens = ids.shape[0] // peers.numel()
+        block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
+        pull_rows_kernel[(ids.shape[0],)](
+            peers, offset, ids, rows, tokens, width, num_experts, ids.shape[1], block_k, block_h,
+            num_warps=8 if block_h > 2048 else 4,
+        )  # fmt: skip
+    return rows
+
+
+def pull_sums(
+    peers: torch.Tensor, offset: int, ids: torch.Tensor, tokens: int, rank: int,
+    width: int, num_experts: int, dtype,
+) -> torch.Tensor:  # fmt: skip
+    """(len(ids), H): each token's partial rows of all ranks that hold one of its experts, summed.
+
+    In fp32 and in rank order. Every rank has published (R, H) at `offset`; those of this rank's
+    tokens start at row rank * tokens. `ids` (len, K) are global, num_experts those of one rank.
+    """
+    from .backends.triton.exchange import pull_sums_kernel
+
+    out = torch.empty(ids.shape[0], width, dtype=dtype, device=peers.device)
+    if ids.shape[0]:
+        block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
+        pull_sums_kernel[(ids.shape[0],)](
+            peers, offset, ids, out, rank * tokens, width, num_experts, ids.shape[1],
+            peers.numel(), block_k, block_h, num_warps=8 if block_h > 2048 else 4,
+        )  # fmt: skip
+    return out
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
