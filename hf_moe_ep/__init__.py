@@ -11,4 +11,12 @@ from .registry import register  # noqa: E402 - an unsupported version must be na
 
 register()
 
-__all__ = ["register"]
+__all__ = ["DistributedConfig", "register"]
+
+
+def __getattr__(name: str):
+    if name == "DistributedConfig":
+        from .config import DistributedConfig
+
+        return DistributedConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 import torch
 from packaging.specifiers import SpecifierSet
 
-from .. import kernel, versions
+from .. import kernel, plans, versions
+from ..config import DistributedConfig
+from ..plans import Check
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SIZES = ("ep_size", "tp_size", "fsdp_size", "dp_replicate_size")
-
-
-@dataclass(frozen=True)
-class Check:
-    section: str  # "versions"
-    name: str  # "transformers"
-    status: Literal["ok", "note", "problem"]
-    detail: str  # "5.23.0, supported: >=5.23,<5.24"
+SIZES = ("ep_size", "tp_size", "fsdp_size", "dp_replicate_size", "sp_size")
 
 
 def version_checks() -> list[Check]:
@@ -134,90 +126,48 @@ def filled(sizes: dict[str, int | None], world_size: int | None) -> dict[str, in
     if sizes["fsdp_size"] or not any(sizes.values()):
         return sizes
     tp, replicas = sizes["tp_size"] or 1, sizes["dp_replicate_size"] or 1
-    left = world_size // (tp * replicas) if world_size else -(-(sizes["ep_size"] or 1) // tp)
+    smallest = max(-(-(sizes["ep_size"] or 1) // tp), sizes["sp_size"] or 1)
+    left = world_size // (tp * replicas) if world_size else smallest
     return sizes | {"fsdp_size": max(1, left)}
 
 
 def layout_checks(sizes: dict[str, int | None], world_size: int | None) -> list[Check]:
     """The wanted mesh: its own rules, the number of processes, and who else would shard."""
-    from transformers.distributed import DistributedConfig
-
     try:
         config = DistributedConfig(**sizes)
     except ValueError as error:
-        wanted = ", ".join(f"{k}={v}" for k, v in sizes.items() if v is not None)
-        return [Check("layout", "sizes", "problem", f"{wanted}: {error}")]
+        return [Check("layout", "sizes", "problem", str(error))]
     axes = {
         "dp_replicate": config.dp_replicate_size,
         "fsdp": config.fsdp_size,
         "tp": config.tp_size,
     }
-    needed = math.prod(axes.values())
+    needed = config.world_size
     mesh = ", ".join(f"{k} {v}" for k, v in axes.items())
     detail = f"{mesh}; experts: ep {config.ep_size}, efsdp {config.efsdp_size}; {needed} processes"
     checks = [Check("layout", "mesh", "ok", detail)]
+    if config.sp_size > 1:
+        detail = f"{config.sp_size} ranks share a sequence"
+        checks.append(Check("layout", "sequence", "ok", detail))
     if world_size is not None and world_size != needed:
         detail = f"{world_size} processes, but the layout needs {needed}: {mesh}"
         checks.append(Check("layout", "world size", "problem", detail))
     elif world_size is None and needed > max(1, torch.cuda.device_count()):
         detail = f"start {needed} processes; this machine has {torch.cuda.device_count()} GPUs"
         checks.append(Check("layout", "world size", "note", detail))
-    return checks + (conflict_checks() if needed > 1 else [])
-
-
-def conflict_checks() -> list[Check]:
-    """Launchers that would shard a model a second time, after transformers sharded it at load."""
-    checks = []
-    launchers = {
-        "ACCELERATE_USE_FSDP": "accelerate's FSDP",
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's ParallelismConfig",
-    }
-    for variable, launcher in launchers.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes", "y", "on", "t"):
-            detail = (
-                f"{variable} is on: {launcher} would shard again what transformers shards at load; "
-                "choose a launch configuration without it, or drop the layout"
-            )
-            checks.append(Check("conflicts", launcher, "problem", detail))
-    if deepspeed := versions.installed("deepspeed"):
-        detail = f"{deepspeed}: its AutoEP replaces MoE blocks and bypasses fastmoe; leave it off"
-        checks.append(Check("conflicts", "deepspeed", "note", detail))
-    return checks
+    return checks + (plans.conflict_checks() if needed > 1 else [])
 
 
 def model_checks(name: str, sizes: dict[str, int | None]) -> list[Check]:
-    """Whether the experts divide by ep and the heads by tp; `name` is a folder or a hub name."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Whether a model, by folder or hub name, fits sizes that fit each other."""
     try:
-        config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        return [Check("model", name, "problem", f"cannot be read: {error}")]
-    ep, tp = sizes["ep_size"] or 1, sizes["tp_size"] or 1
-    counts = {m.num_experts for m in model.modules() if hasattr(m, "_is_expert_parallel")}
-    if not counts:
-        detail = f"{type(model).__name__} has no experts behind transformers' experts interface"
-        return [Check("model", "experts", "problem", detail)]
-    checks = [divisible("experts", count, "ep_size", ep) for count in sorted(counts)]
-    if ep > 1 and not model.ep_plan:
-        detail = f"{type(model).__name__} has no ep_plan; pass one in DistributedConfig"
-        checks.append(Check("model", "ep_plan", "problem", detail))
-    if any("attn" in name and style == "colwise" for name, style in model.tp_plan.items()):
-        for attribute in ("num_attention_heads", "num_key_value_heads"):
-            heads = getattr(config.get_text_config(), attribute, None)
-            checks += [divisible(attribute, heads, "tp_size", tp)] if heads else []
-    return checks
-
-
-def divisible(what: str, count: int, axis: str, size: int) -> Check:
-    if count % size == 0:
-        return Check("model", what, "ok", f"{count} over {axis}={size}: {count // size} each")
-    fits = [n for n in range(1, count + 1) if count % n == 0]
-    detail = f"{count} do not divide by {axis}={size}; choose {axis} among {fits}"
-    return Check("model", what, "problem", detail)
+        config = DistributedConfig(**sizes)
+    except ValueError:  # layout_checks says so
+        return []
+    try:
+        return plans.model_checks(plans.meta_model(name), config)
+    except ValueError as error:
+        return [Check("model", name, "problem", str(error))]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

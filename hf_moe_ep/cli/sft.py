@@ -62,12 +62,13 @@ def prepare(argv: list[str]) -> tuple:
 
 def make_parser():
     """A TrlParser over the dataclasses of TRL's SFT script and `FastMoEArguments`."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+    from .arguments import SFTArguments
     from .layout import FastMoEArguments
 
     parser = TrlParser(
-        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FastMoEArguments),
+        (ScriptArguments, SFTArguments, ModelConfig, DatasetMixtureConfig, FastMoEArguments),
         prog="hf-moe-ep sft",
         usage=USAGE,
         description=__doc__,
@@ -148,6 +149,7 @@ def local_file_as_mixture(script, mixture) -> None:
 
 def set_model_init_kwargs(training, model, ours) -> None:
     """Puts the experts implementation and the layout where SFTTrainer hands them to the model."""
+    from .. import plans
     from . import layout
 
     init = dict(training.model_init_kwargs or {})
@@ -157,21 +159,34 @@ def set_model_init_kwargs(training, model, ours) -> None:
             f"experts_implementation is {init['experts_implementation']!r} in model_init_kwargs "
             f"and {name!r} as a flag; give it as the flag alone"
         )
-    layout.check_experts_implementation(name)
-    plans = layout.take_sizes(ours, init.pop("distributed_config", None) or {})
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    config = layout.distributed_config(ours, plans, world_size)
+    plans.require(plans.experts_checks(name))
+    rules = layout.take_sizes(ours, init.pop("distributed_config", None) or {})
+    config = layout.layout_of(ours, rules, int(os.environ.get("WORLD_SIZE", 1)))
+    if (config is not None or name != "eager") and not training.trust_remote_code:
+        where = model.model_name_or_path, model.model_revision
+        config = layout.config_for(*where, config, name)
+    elif config is not None:
+        config = layout.DistributedConfig(**config)
     if config is not None:
         init["distributed_config"] = config
-        layout.check_training(config, training)
+        lora = model if model.use_peft else None
+        plans.require(plans.training_checks(config, training, lora))
+        layout.check_lengths(config, training)
         save_weights_only(training)
-    if (config is not None or name != "eager") and not training.trust_remote_code:
-        layout.check_model(model.model_name_or_path, model.model_revision, config)
     training.model_init_kwargs = init
 
 
 def save_weights_only(training) -> None:
-    """transformers 5.23 refuses to checkpoint the optimizer of a sharded model: keep weights."""
+    """transformers 5.23 refuses to checkpoint the optimizer of a sharded model: keep weights.
+
+    Raises:
+        ValueError: asked to resume, which it cannot either.
+    """
+    if training.resume_from_checkpoint:
+        raise ValueError(
+            "--resume_from_checkpoint: transformers 5.23 cannot resume a sharded model; start from "
+            "saved weights with --model_name_or_path"
+        )
     if training.save_strategy != "no" and not training.save_only_model:
         training.save_only_model = True
         if training.process_index == 0:

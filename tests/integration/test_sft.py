@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hf_moe_ep import DistributedConfig
 from hf_moe_ep.cli import layout, sft
 from hf_moe_ep.cli.demo import data
 
@@ -210,6 +211,7 @@ REFUSED = [
     (["--ep_size", "2"], "torchrun --nproc_per_node 2"),
     (["--ep_size", "0"], "ep_size=0"),
     (["--ep_size", "3", "--tp_size", "2"], "must be a multiple of `tp_size`"),
+    (["--enable_sequence_parallel", "true"], "enable_sequence_parallel does nothing"),
     (["--ep_implementation", "all_to_all"], "ep_implementation does nothing without a layout"),
     (["--ep_implementation", "al_to_all"], "ep_implementation='al_to_all' is unknown"),
     (["--model_init_kwargs", '{"experts_implementation": "eager"}'], "as a flag"),
@@ -261,23 +263,25 @@ def test_a_model_that_cannot_use_fastmoe_is_refused(place, tmp_path, capsys, arc
 # Flags -> the sizes that reach transformers, for 8 processes; by hand.
 LAYOUTS = [
     ({}, None),
-    ({"ep_size": 8}, (8, 1, 8, 1)),
-    ({"ep_size": 4}, (4, 1, 8, 1)),
-    ({"ep_size": 8, "tp_size": 8}, (8, 8, 1, 1)),
-    ({"ep_size": 2, "tp_size": 2}, (2, 2, 4, 1)),
-    ({"ep_size": 4, "dp_replicate_size": 2}, (4, 1, 4, 2)),
-    ({"tp_size": 2}, (1, 2, 4, 1)),
-    ({"fsdp_size": 8}, (1, 1, 8, 1)),
+    ({"ep_size": 8}, (8, 1, 8, 1, 1)),
+    ({"ep_size": 4}, (4, 1, 8, 1, 1)),
+    ({"ep_size": 8, "tp_size": 8}, (8, 8, 1, 1, 1)),
+    ({"ep_size": 2, "tp_size": 2}, (2, 2, 4, 1, 1)),
+    ({"ep_size": 4, "dp_replicate_size": 2}, (4, 1, 4, 2, 1)),
+    ({"tp_size": 2}, (1, 2, 4, 1, 1)),
+    ({"sp_size": 4, "ep_size": 2}, (2, 1, 8, 1, 4)),
+    ({"fsdp_size": 8}, (1, 1, 8, 1, 1)),
 ]
 
 
 @pytest.mark.parametrize(("flags", "sizes"), LAYOUTS)
 def test_fsdp_takes_what_is_left(flags, sizes):
-    config = layout.distributed_config(layout.FastMoEArguments(**flags), {}, 8)
+    found = layout.layout_of(layout.FastMoEArguments(**flags), {}, 8)
     if sizes is None:
-        assert config is None
+        assert found is None
     else:
-        assert config == dict(zip(layout.SIZES, sizes, strict=True)) | {"ep_implementation": "auto"}
+        assert tuple(found[name] for name in layout.SIZES) == sizes
+        assert found["ep_implementation"] == "auto" and not found["enable_sequence_parallel"]
 
 
 BAD_LAYOUTS = [
@@ -285,34 +289,27 @@ BAD_LAYOUTS = [
     ({"ep_size": 16}, "ep_size=16"),
     ({"fsdp_size": 4}, "needs 4 processes and there are 8"),
     ({"tp_size": 3}, "needs 6 processes and there are 8"),
+    ({"sp_size": 3}, "choose sp_size among"),
+    ({"sp_size": 2, "tp_size": 2}, "use sp_size with tp_size=1"),
     ({"ep_size": 8, "ep_implementation": "all_reduce"}, "needs ep_size == tp_size"),
-    (
-        {
-            "ep_size": 8,
-            "tp_size": 8,
-            "ep_implementation": "all_reduce",
-            "experts_implementation": "eager",
-        },
-        "hangs",
-    ),
 ]
 
 
 @pytest.mark.parametrize(("flags", "reason"), BAD_LAYOUTS)
 def test_bad_layout_is_refused(flags, reason):
     with pytest.raises(ValueError, match=reason):
-        layout.distributed_config(layout.FastMoEArguments(**flags), {}, 8)
+        layout.layout_of(layout.FastMoEArguments(**flags), {}, 8)
 
 
 def test_layout_reaches_the_model(place, monkeypatch):
-    _, training, model, _, ours = prepared(place, "--ep_size", "4")
+    _, training, model, _, ours = prepared(place, "--ep_size", "4", "--sp_size", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     training.model_init_kwargs = {"distributed_config": {"fsdp_cpu_offload": True}}
     sft.set_model_init_kwargs(training, model, ours)
     config = training.model_init_kwargs["distributed_config"]
-    sizes = {"ep_size": 4, "tp_size": 1, "fsdp_size": 4, "dp_replicate_size": 1}
-    assert config == sizes | {"ep_implementation": "auto", "fsdp_cpu_offload": True}
-    assert training.save_only_model
+    assert config == DistributedConfig(ep_size=4, fsdp_size=4, sp_size=2, fsdp_cpu_offload=True)
+    written = json.loads(training.to_json_string())["model_init_kwargs"]["distributed_config"]
+    assert written == config.to_dict() and written["sp_size"] == 2
 
 
 @pytest.mark.parametrize(
@@ -320,9 +317,20 @@ def test_layout_reaches_the_model(place, monkeypatch):
     [
         (["--ep_size", "8"], {}, "choose ep_size among"),  # 4 experts
         (["--tp_size", "8"], {}, "choose tp_size among"),  # 2 key-value heads
+        (["--sp_size", "8"], {}, "choose sp_size among"),  # 4 heads
         (["--ep_size", "4"], {"ACCELERATE_USE_FSDP": "true"}, "shard again"),
+        (["--ep_size", "4", "--sp_size", "4", "--max_length", "50"], {}, "use 52"),
         (["--ep_size", "4", "--resume_from_checkpoint", "x"], {}, "cannot resume"),
-        (["--tp_size", "2", "--gradient_accumulation_steps", "2"], {}, "more than once"),
+        (["--ep_size", "4", "--optim", "adafactor"], {}, "adamw_torch_fused"),
+        (["--ep_size", "4", "--use_peft", "--lora_target_modules", "all-linear"], {}, "experts"),
+        (["--tp_size", "2", "--use_peft", "--lora_target_modules", "o_proj"], {}, "by rows"),
+        (["--tp_size", "2", "--use_peft", "--lora_target_modules", "q_proj"], {}, "under both"),
+        (
+            ["--tp_size", "2", "--ep_size", "2", "--fsdp_size", "4", "--ep_implementation"]
+            + ["all_reduce", "--experts_implementation", "eager"],
+            {},
+            "hangs",
+        ),
     ],
 )
 def test_what_a_sharded_model_cannot_do_is_refused(place, monkeypatch, flags, env, reason):
