@@ -1,0 +1,177 @@
+"""Checkpoints of sharded runs by the functions for own loops: the next step after loading is the
+one the saved run took, bit for bit in the same layout and to rounding in another."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from hf_moe_ep.training import CheckpointSaver, load_checkpoint, save_checkpoint
+from tests import families
+from tests.distributed.ranks import run_ranks
+
+SEQUENCES, LENGTH, STEPS = 4, 12, 3
+LAYOUTS = {
+    "fsdp2": dict(fsdp_size=2),
+    "ep2 fsdp2": dict(fsdp_size=2, ep_size=2),
+    "tp2": dict(tp_size=2),
+    "tp2 ep2": dict(tp_size=2, ep_size=2),
+    "fsdp4": dict(fsdp_size=4),
+    "ep2 fsdp4": dict(fsdp_size=4, ep_size=2),  # experts sharded over ep and over efsdp
+    "tp2 fsdp2": dict(tp_size=2, fsdp_size=2),
+    "tp2 fsdp2 ep2": dict(tp_size=2, fsdp_size=2, ep_size=2),
+    "tp2 fsdp2 ep4": dict(tp_size=2, fsdp_size=2, ep_size=4),
+    "one process": None,
+}
+
+
+class Run:
+    """A tiny model in a layout, with AdamW and a decaying learning rate, on 4 sequences a step."""
+
+    def __init__(self, model_dir, layout):
+        sizes = LAYOUTS[layout]
+        kwargs = {} if sizes is None else {"distributed_config": DistributedConfig(**sizes)}
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_dir, experts_implementation="fastmoe", **kwargs
+        )
+        # eps: by default, gradients that are rounding alone make full updates
+        self.optimizer = torch.optim.AdamW(_groups(self.model), lr=1e-2, eps=1e-4)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+        tp = (sizes or {}).get("tp_size", 1)
+        self.shares = dist.get_world_size() // tp if dist.is_initialized() else 1
+        self.share = dist.get_rank() // tp if dist.is_initialized() else 0
+
+    def step(self, number):
+        """One optimizer step; the loss of the whole batch."""
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(3, 128, (SEQUENCES, LENGTH), generator=generator)
+        ids = ids.chunk(self.shares)[self.share]
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        total = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        return total
+
+    def parameters(self):
+        """Full copies of every parameter."""
+        return {name: _full(param) for name, param in self.model.named_parameters()}
+
+    def state(self):
+        """Full copies of every parameter and of what AdamW keeps of it."""
+        found = self.parameters()
+        for name, param in self.model.named_parameters():
+            kept = self.optimizer.state[param]
+            found |= {f"{name} {key}": _full(tensor) for key, tensor in kept.items()}
+        return found
+
+
+def _full(tensor):
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def _groups(model):
+    """Weight decay for matrices alone, and a group per mesh, which AdamW's foreach needs."""
+    groups = {}
+    for param in model.parameters():
+        mesh = param.device_mesh if isinstance(param, DTensor) else None
+        groups.setdefault((mesh, param.ndim > 1), []).append(param)
+    decay = {True: 0.1, False: 0.0}
+    return [{"params": p, "weight_decay": decay[wide]} for (_, wide), p in groups.items()]
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def draws():
+    return torch.rand(3).tolist(), random.random(), np.random.rand()
+
+
+def save_and_go_on(folder, layout, asynchronous=False):
+    """Trains, saves before step STEPS, and leaves in truth.pt the state and what came of the step.
+
+    Returns the random numbers that followed the save.
+    """
+    run = Run(folder / "model", layout)
+    for number in range(STEPS):
+        run.step(number)
+    saver = CheckpointSaver(asynchronous)
+    extra = {"step": STEPS, "rank": rank()}
+    place = folder / layout / "checkpoint"
+    before = run.state()
+    save_checkpoint(place, run.model, run.optimizer, run.scheduler, extra, saver)
+    drawn = draws()
+    loss = run.step(STEPS)  # while an asynchronous save writes
+    after = run.parameters() | {"loss": loss}
+    saver.wait()
+    if rank() == 0:
+        torch.save((before, after), folder / layout / "truth.pt")
+    return drawn
+
+
+def load_and_go_on(folder, saved, layout):
+    """(`extra`, random numbers, error of the state, error of the next step), of this rank."""
+    run = Run(folder / "model", layout)
+    extra = load_checkpoint(folder / saved / "checkpoint", run.model, run.optimizer, run.scheduler)
+    drawn = draws()
+    want_before, want_after = torch.load(folder / saved / "truth.pt")
+    before = largest_error(run.state(), want_before)
+    loss = run.step(STEPS)
+    return extra, drawn, before, largest_error(run.parameters() | {"loss": loss}, want_after)
+
+
+def largest_error(got, want):
+    assert got.keys() == want.keys()
+    errors = {name: families.relative_error(got[name], want[name]) for name in want}
+    worst = max(errors, key=errors.get)
+    return float(errors[worst]), worst
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    families.tiny_model(families.family("qwen3_moe")).save_pretrained(folder / "model")
+    return folder
+
+
+def in_one_launch(folder, same, others):
+    """[(saved, layout, drawn at saving, *load_and_go_on)] for layouts and pairs of layouts."""
+    found = []
+    for layout, asynchronous in same:
+        drawn = save_and_go_on(folder, layout, asynchronous)
+        found.append((layout, layout, drawn, *load_and_go_on(folder, layout, layout)))
+    for saved, layout in others:
+        found.append((saved, layout, None, *load_and_go_on(folder, saved, layout)))
+    return found
+
+
+def check(results):
+    for number, found in enumerate(results):
+        for saved, layout, drawn_then, extra, drawn, before, after in found:
+            pair = f"{saved} -> {layout}"
+            assert before[0] == 0.0, f"{pair}: loaded {before}"
+            assert after[0] <= (0.0 if saved == layout else 1e-6), f"{pair}: next step {after}"
+            if saved == layout:
+                assert extra == {"step": STEPS, "rank": number}
+                assert drawn == drawn_then
+            else:
+                assert extra["step"] == STEPS
+
+
+def test_two_ranks(folder):
+    same = [("ep2 fsdp2", True), ("tp2", False)]
+    others = [("tp2", "fsdp2"), ("ep2 fsdp2", "tp2 ep2")]
+    check(run_ranks(2, in_one_launch, folder, same, others))
+    check([in_one_launch(folder, [], [("ep2 fsdp2", "one process")])])

@@ -1,0 +1,128 @@
+"""Trainer on a sharded model: stopped and resumed it takes the very steps it would have taken."""
+
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from hf_moe_ep.training import ShardedCheckpointMixin
+from hf_moe_ep.training.checkpoint_files import read_manifest
+from tests import families
+from tests.distributed.ranks import run_ranks
+
+STEPS, STOP = 4, 2
+ROWS = 12  # 3 steps an epoch: the stop is inside the first, the end inside the second
+
+
+class ShardedTrainer(ShardedCheckpointMixin, Trainer):
+    pass
+
+
+class AsyncTrainer(ShardedCheckpointMixin, Trainer):
+    async_save = True
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def rows():
+    ids = torch.randint(3, 128, (ROWS, 12), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trainer(model_dir, output, stop=STEPS, cls=ShardedTrainer, sizes=None, **changes):
+    """A Trainer with dropout, two accumulation steps, and a model sharded by `sizes`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        experts_implementation="fastmoe",
+        attention_dropout=0.2,
+        distributed_config=DistributedConfig(**(sizes or dict(fsdp_size=2, ep_size=2))),
+    )
+    arguments = dict(
+        output_dir=str(output),
+        max_steps=STEPS,
+        save_steps=1,
+        save_total_limit=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    return cls(
+        model=model,
+        args=TrainingArguments(**(arguments | changes)),
+        train_dataset=rows(),
+        callbacks=[StopAt(stop)],
+    )
+
+
+def losses(trainer):
+    return {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+
+
+def weights(trainer):
+    found = {}
+    for name, param in trainer.model.named_parameters():
+        found[name] = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+    return found
+
+
+def stop_and_resume(folder):
+    whole = trainer(folder / "model", folder / "whole")
+    whole.train()
+    trainer(folder / "model", folder / "parts", stop=STOP, cls=AsyncTrainer).train()
+    resumed = trainer(folder / "model", folder / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert sorted(losses(whole)) == [1, 2, 3, 4]
+    got = weights(resumed)
+    for name, want in weights(whole).items():
+        assert torch.equal(got[name], want), name
+    resumed.save_model(str(folder / "exported"))
+    return resumed.state.global_step
+
+
+def refused(folder):
+    """What resuming from a damaged or foreign checkpoint, or with other batches, says."""
+    messages = []
+    cases = (("damaged", {}), ("foreign", {}), ("good", {"gradient_accumulation_steps": 1}))
+    for name, changes in cases:
+        run = trainer(folder / "model", folder / "refused", **changes)
+        with pytest.raises(ValueError) as error:
+            run.train(resume_from_checkpoint=str(folder / name))
+        messages.append(str(error.value))
+        assert run.state.global_step == 0
+    return messages
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainer")
+    torch.manual_seed(0)
+    families.tiny_model(families.family("qwen3_moe")).save_pretrained(folder / "model")
+    return folder
+
+
+def test_a_stop_changes_nothing(folder):
+    assert run_ranks(2, stop_and_resume, folder) == [STEPS, STEPS]
+    kept = sorted(p.name for p in (folder / "parts").iterdir())
+    assert kept == ["checkpoint-3", "checkpoint-4"]  # save_total_limit
+    manifest = read_manifest(folder / "parts/checkpoint-4")
+    assert manifest["layout"]["ep_size"] == 2
+    assert (manifest["step"], manifest["samples_per_step"], manifest["world_size"]) == (4, 4, 2)
+    # The checkpoint and the export load like any model, and are the same one.
+    one = AutoModelForCausalLM.from_pretrained(folder / "parts/checkpoint-4").state_dict()
+    two = AutoModelForCausalLM.from_pretrained(folder / "exported").state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
