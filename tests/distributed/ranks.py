@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-mp.set_forkserver_preload(["tests.distributed.ranks", "transformers.trainer", "hf_moe_ep"])
+mp.set_forkserver_preload(["tests.distributed.ranks", "tests.distributed.preload"])
 
 
 def run_ranks(
