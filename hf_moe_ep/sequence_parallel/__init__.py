@@ -1,0 +1,5 @@
+"""Sequences longer than one GPU holds: Ulysses for tp_size=1, Megatron-style on the tp axis."""
+
+from .ulysses import enable_sequence_parallel
+
+__all__ = ["enable_sequence_parallel"]

@@ -1,0 +1,167 @@
+"""Ulysses sequence parallelism: gloo ranks that share every sequence against one process.
+
+The ranks of a group are fed the same batch, groups different rows; loss and every gradient are
+held against one process with all rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import hf_moe_ep  # noqa: F401  (registers "fastmoe")
+from hf_moe_ep.sequence_parallel import enable_sequence_parallel
+from tests import families
+from tests.distributed.ranks import run_ranks
+
+BOUND = 2e-6
+
+
+def batch(rows: int, length: int, seed: int = 2) -> dict:
+    """Random tokens; the first three of a row are no targets, as a prompt's."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def padded(rows: int, length: int) -> dict:
+    """Right padding, of another length in every row."""
+    inputs = batch(rows, length)
+    mask = torch.ones_like(inputs["input_ids"])
+    for row in range(rows):
+        mask[row, length - 3 * row - 2 :] = 0
+    labels = inputs["labels"].masked_fill(mask == 0, -100)
+    return {"input_ids": inputs["input_ids"] * mask, "labels": labels, "attention_mask": mask}
+
+
+def packed(*lengths: int) -> dict:
+    """Sequences of these lengths in one row, told apart by their positions alone."""
+    inputs = batch(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    inputs["labels"] = inputs["labels"].masked_fill(positions == 0, -100)
+    return inputs | {"position_ids": positions}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and its batches; every batch is one accumulation step."""
+
+    batches: tuple[dict, ...]
+    family: str = "qwen3_moe"
+    config: dict = field(default_factory=dict)
+    load: dict = field(default_factory=lambda: {"attn_implementation": "sdpa"})
+    checkpointing: bool = False
+
+
+EAGER = {"attn_implementation": "eager"}
+SLIDING = {"sliding_window": 5}
+CASES = {
+    "even": Case((batch(2, 12),)),
+    "odd, fastmoe": Case((batch(2, 13),), load={"experts_implementation": "fastmoe"}),
+    "padding": Case((padded(2, 15),)),
+    "padding, eager": Case((padded(2, 14),), load=EAGER),
+    "packed": Case((packed(4, 6, 3),)),
+    "packed, eager": Case((packed(5, 5, 1, 2),), load=EAGER),
+    "one KV head": Case((batch(2, 13),), config={"num_key_value_heads": 1}),
+    "sliding window": Case((batch(2, 15),), family="mixtral", config=SLIDING),
+    "sliding and full layers, sinks": Case((padded(2, 13),), family="gpt_oss", load=EAGER),
+    "latent attention": Case((batch(2, 13),), family="deepseek_v3"),
+    "auxiliary loss": Case((batch(2, 13) | {"output_router_logits": True},)),
+    "auxiliary loss, padding": Case((padded(2, 13) | {"output_router_logits": True},)),
+    "two steps": Case((batch(2, 13), padded(2, 9))),
+    "checkpointing": Case((batch(2, 13),), checkpointing=True),
+}
+
+
+def make_model(case: Case):
+    config = families.tiny_config(families.family(case.family))
+    experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8)  # for ep4
+    for name, value in (
+        {n: v for n, v in experts.items() if hasattr(config, n)} | case.config
+    ).items():
+        setattr(config, name, value)
+    model = families.model_class(families.family(case.family))._from_config(config)
+    families.randomise(model)
+    return model
+
+
+def results(model, batches) -> dict:
+    """{"loss": sum of the steps' losses, name: gradient}."""
+    model.zero_grad()
+    losses = []
+    for inputs in batches:
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    return {"loss": torch.stack(losses).sum()} | gradients
+
+
+def save_references(root) -> None:
+    for number, case in enumerate(CASES.values()):
+        model = make_model(case)
+        model.save_pretrained(root / str(number))
+        torch.save(results(model, case.batches), root / str(number) / "reference.pt")
+
+
+def share(inputs: dict, group: int, groups: int) -> dict:
+    """The rows of one group; the loss of all groups is the mean of theirs."""
+    if inputs["input_ids"].shape[0] < groups or "output_router_logits" in inputs:
+        return inputs  # one row, or a loss that is no mean over rows: all groups do the same
+    targets = (inputs["labels"][:, 1:] != -100).sum()
+    rows = {k: v.chunk(groups)[group] if torch.is_tensor(v) else v for k, v in inputs.items()}
+    return rows | {"num_items_in_batch": targets / groups} if groups > 1 else rows
+
+
+def worst_errors(root, sp_size: int, ep_size: int) -> dict[str, tuple[str, float]]:
+    """Case -> the name with the largest relative error, and that error."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    layout = DistributedConfig(fsdp_size=world, ep_size=ep_size)
+    groups, group = world // sp_size, rank // sp_size
+    worst = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        folder = root / str(number)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, distributed_config=copy.deepcopy(layout), **case.load
+        )
+        enable_sequence_parallel(model, sp_size)
+        if case.checkpointing:
+            model.train()
+            model.activation_checkpointing_enable()
+        got = results(model, [share(inputs, group, groups) for inputs in case.batches])
+        dist.all_reduce(got["loss"])
+        got["loss"] /= world
+        errors = {}
+        for parameter, want in torch.load(folder / "reference.pt").items():
+            ours = got[parameter]
+            ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
+            errors[parameter] = families.relative_error(ours, want)
+        worst[name] = max(errors.items(), key=lambda item: item[1])
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("world", "sp_size", "ep_size"),
+    [
+        (2, 2, 2),
+        pytest.param(2, 2, 1, marks=pytest.mark.grid),
+        pytest.param(4, 4, 1, marks=pytest.mark.grid),
+        pytest.param(4, 4, 2, marks=pytest.mark.grid),
+        pytest.param(4, 2, 4, marks=pytest.mark.grid),
+        pytest.param(4, 2, 2, marks=pytest.mark.grid),
+    ],
+)
+def test_every_gradient_is_that_of_one_process(tmp_path, world, sp_size, ep_size):
+    save_references(tmp_path)
+    worst = run_ranks(world, partial(worst_errors, tmp_path, sp_size, ep_size), timeout=240)[0]
+    assert not {name: error for name, error in worst.items() if not error[1] < BOUND}
