@@ -18,10 +18,10 @@ class Dispatch(torch.autograd.Function):
         ctx.mark_non_differentiable(received.ids)
         if not ctx.needs_input_grad[0]:  # agreed by all ranks: else one would wait for the others
             ctx.mark_non_differentiable(received.rows)
-        return received.rows, received.ids, received.weights, received.layout
+        return received.rows, received.ids, received.weights, received.layout, received.num_rows
 
     @staticmethod
-    def backward(ctx, d_rows, _d_ids, d_weights, _d_layout):
+    def backward(ctx, d_rows, _d_ids, d_weights, *_):
         need_x, need_weights = ctx.needs_input_grad[:2]
         d_x = ctx.layout.collect(d_rows) if need_x else None
         return d_x, ctx.layout.collect(d_weights) if need_weights else None, None, None, None

@@ -19,6 +19,9 @@ from ..kernel import get_kernel
 
 fastmoe = get_kernel()
 
+NOWHERE = torch.iinfo(torch.int32).max  # the id, in a padding row, of an expert on no rank
+FEW_SLOTS = 8192  # up to here buffers for the worst case are small, and nobody waits for a count
+
 
 class Layout(Protocol):
     """Where one batch's rows are: two linear maps, each the other's transpose."""
@@ -38,6 +41,7 @@ class Received:
     ids: Tensor  # (R, K) int32 local ids; `experts` is the sentinel, an expert elsewhere. [[0, 4]]
     weights: Tensor  # (R, K) in the dtype of the routing weights, 0 at sentinels. [[0.7, 0.0]]
     layout: Layout
+    num_rows: int | None  # how many ids are local; None where nobody waited for it. 4096
 
 
 class Exchange(Protocol):
@@ -47,8 +51,32 @@ class Exchange(Protocol):
         """x (T, H), ids (T, K) global, weights (T, K); `lengths` the T of every rank."""
 
 
+class Count:
+    """How many elements of a mask are set, read while the device does what is launched meanwhile.
+
+    The experts' buffers need it: the worst case is ranks times larger. None for few elements, and
+    while a CUDA graph is captured, where nothing can wait.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.wanted = mask.numel() > FEW_SLOTS and not (
+            mask.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if self.wanted:
+            self.number = torch.empty((), dtype=torch.int64, pin_memory=mask.is_cuda)
+            self.number.copy_(mask.sum(), non_blocking=True)
+            self.copied = mask.is_cuda and torch.cuda.current_stream().record_event()
+
+    def value(self) -> int | None:
+        if not self.wanted:
+            return None
+        if self.copied:
+            self.copied.synchronize()
+        return int(self.number)
+
+
 class GatherExchange:
-    """Every row to every rank: no split sizes, so no host wait and static shapes.
+    """Every row to every rank: no split sizes, so static shapes.
 
     For few ranks, where nearly every token has an expert on each: top-8 of 128 sends 99.7% of its
     rows to both of two ranks and 90% to all of four.
@@ -60,19 +88,14 @@ class GatherExchange:
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
         n, longest = len(lengths), max(lengths)
         wanted = _wanted(ids, self.experts, n)
-        at = (
-            torch.arange(n, device=x.device) * longest
-        )  # first row of a rank, here and in `collect`
-        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + at  # (T, n)
+        first = torch.arange(n, device=x.device) * longest  # a rank's rows, sent and coming back
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + first  # (T, n)
         layout = _Gathered(self.group, n, longest, rows.masked_fill(~wanted, -1))
-        # A padding row is a token without experts; its content is never read.
-        routes = layout.send(_pack(ids, weights))
-        padding = torch.arange(longest, device=x.device).expand(n, -1).flatten() >= (
-            torch.tensor(lengths, device=x.device).repeat_interleave(longest)
-        )
+        routes = layout.send(_padded(_pack(ids, weights), longest, NOWHERE))
         ids, weights = _unpack(routes, weights.dtype)
-        ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts, padding)
-        return Received(layout.send(x), ids, weights, layout)
+        ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts)
+        count = Count(ids < self.experts)
+        return Received(layout.send(x), ids, weights, layout, count.value())
 
 
 @dataclass(frozen=True)
@@ -83,9 +106,8 @@ class _Gathered:
     positions: Tensor  # (T, n) row of a token's partial in what comes back; -1 for none
 
     def send(self, x: Tensor) -> Tensor:
-        out = x.new_empty(self.n * self.longest, *x.shape[1:])
-        if x.shape[0] < self.longest:
-            x = torch.cat([x, x.new_zeros(self.longest - x.shape[0], *x.shape[1:])])
+        x = _padded(x, self.longest, 0)
+        out = x.new_empty(self.n * self.longest, x.shape[1])
         dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
         return out
 
@@ -113,7 +135,8 @@ class RowsExchange:
         layout = _Rows(self.group, *_rank_major(wanted, sum(sent)), sent, received)
         ids, weights = _unpack(layout.send(_pack(ids, weights)), weights.dtype)
         ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts)
-        return Received(layout.send(x), ids, weights, layout)
+        count = Count(ids < self.experts)
+        return Received(layout.send(x), ids, weights, layout, count.value())
 
 
 @dataclass(frozen=True)
@@ -150,7 +173,7 @@ class NodesExchange:
         outer = self.across.dispatch(x, ids, weights, lengths)
         inner = self.inside.dispatch(outer.rows, outer.ids, outer.weights, lengths)
         layout = _Nodes(outer.layout, inner.layout)
-        return Received(inner.rows, inner.ids, inner.weights, layout)
+        return Received(inner.rows, inner.ids, inner.weights, layout, inner.num_rows)
 
 
 @dataclass(frozen=True)
@@ -200,12 +223,14 @@ def _unpack(routes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return ids.int(), weights.to(dtype)
 
 
-def _localise(
-    ids: Tensor, weights: Tensor, rank: int, experts: int, padding: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Local ids and their weights; elsewhere, and on padding rows, sentinels with weight 0."""
+def _localise(ids: Tensor, weights: Tensor, rank: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Local ids and their weights; those of another rank's experts: sentinels with weight 0."""
     local = ids - rank * experts
     elsewhere = (local < 0) | (local >= experts)
-    if padding is not None:
-        elsewhere = elsewhere | padding.unsqueeze(1)
     return local.masked_fill(elsewhere, experts), weights.masked_fill(elsewhere, 0.0)
+
+
+def _padded(t: Tensor, rows: int, value: int) -> Tensor:
+    """t with `value` in the rows that it is short of."""
+    missing = rows - t.shape[0]
+    return torch.cat([t, t.new_full((missing, *t.shape[1:]), value)]) if missing else t

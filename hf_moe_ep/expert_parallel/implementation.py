@@ -5,6 +5,7 @@ Shapes: hidden_states (T, H), top_k_index (T, K) global ids, top_k_weights (T, K
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -20,6 +21,9 @@ from transformers.distributed import expert_parallel as upstream
 from .agreement import agree, host_group
 from .autograd import Combine, Dispatch
 from .exchange import Exchange, GatherExchange, NodesExchange, RowsExchange
+from .symmetric import SymmetricExchange, reachable
+
+logger = logging.getLogger(__name__)
 
 GATHER_UP_TO = 4  # ranks; with more, sending only the rows that are wanted saves a quarter or more
 
@@ -42,6 +46,7 @@ class FastMoEEP(upstream.EPImplementation):
 
     def __init__(self, experts, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
+        self.config = experts.config
         self.group = ep_mesh.get_group()
         self.layer = next(_layers(self.group))
         if self.shares_batch:
@@ -67,12 +72,14 @@ class FastMoEEP(upstream.EPImplementation):
         lengths = agree(self.host_group, self.layer, x, ids, weights)
         if not any(lengths):
             return x + 0.0 * weights.sum()  # nobody has a token: keep the graph, send nothing
-        rows, ids, weights, layout = Dispatch.apply(
+        rows, ids, weights, layout, num_rows = Dispatch.apply(
             x.contiguous(), weights, ids, self.exchange, lengths
         )
-        return Combine.apply(self._local_experts(rows, ids, weights), layout)
+        return Combine.apply(self._local_experts(rows, ids, weights, num_rows), layout)
 
-    def _local_experts(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _local_experts(self, rows: Tensor, ids: Tensor, weights: Tensor, num_rows) -> Tensor:
+        if rows.shape[0] and self.config._experts_implementation == "fastmoe":
+            return self.experts_forward(rows, ids, weights, num_rows=num_rows)
         if rows.shape[0]:
             return self.experts_forward(rows, ids, weights)
         # One row for no expert: not every experts implementation takes none, and the empty rows
@@ -88,11 +95,10 @@ class AutoEP(upstream.AutoEP):
 
     def __init__(self, experts, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.config = getattr(experts, "config", None)
         self.fastmoe = FastMoEEP(experts, ep_mesh, tp_mesh)
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
-        if getattr(self.config, "_experts_implementation", None) == "fastmoe":
+        if self.fastmoe.config._experts_implementation == "fastmoe":
             return self.fastmoe(hidden_states, top_k_index, top_k_weights)
         return super().__call__(hidden_states, top_k_index, top_k_weights)
 
@@ -100,22 +106,44 @@ class AutoEP(upstream.AutoEP):
 def make_exchange(group: ProcessGroup, experts: int) -> Exchange:
     """The way that rows of `group`, with `experts` experts a rank, travel. All ranks choose alike.
 
-    HF_MOE_EP_EXCHANGE=gather|rows chooses by hand. A group over several nodes (of
-    HF_MOE_EP_RANKS_PER_NODE ranks, by default torchrun's LOCAL_WORLD_SIZE) sends one row per token
-    and node.
+    Over NVLink where every GPU reads every other's memory, else by collectives: one row per token
+    and node where the group spans nodes (of HF_MOE_EP_RANKS_PER_NODE ranks, by default torchrun's
+    LOCAL_WORLD_SIZE), all rows to all of few ranks, the wanted rows to many.
+    HF_MOE_EP_EXCHANGE=symmetric|nodes|gather|rows chooses by hand.
 
     Raises:
-        ValueError: HF_MOE_EP_EXCHANGE names no way.
+        ValueError: HF_MOE_EP_EXCHANGE names no way, or one that these ranks cannot go.
     """
-    n = dist.get_world_size(group)
-    by_hand = os.environ.get("HF_MOE_EP_EXCHANGE", "auto")
-    if by_hand not in ("auto", "gather", "rows"):
-        raise ValueError(f"HF_MOE_EP_EXCHANGE must be auto, gather or rows, got {by_hand!r}")
-    if by_hand == "auto" and (groups := _node_groups(group)):
+    way = os.environ.get("HF_MOE_EP_EXCHANGE") or _best_way(group)
+    if way == "symmetric" and reachable(group):
+        return SymmetricExchange(group, experts)
+    if way == "nodes" and (groups := _node_groups(group)):
         return NodesExchange(*groups, experts)
-    if by_hand == "gather" or (by_hand == "auto" and n <= GATHER_UP_TO):
+    if way == "gather":
         return GatherExchange(group, experts)
-    return RowsExchange(group, experts)
+    if way == "rows":
+        return RowsExchange(group, experts)
+    raise ValueError(
+        f"HF_MOE_EP_EXCHANGE={way}: use gather or rows, symmetric where all GPUs of the group read "
+        "each other's memory, or nodes where the group fills several nodes evenly"
+    )
+
+
+@cache
+def _best_way(group: ProcessGroup) -> str:
+    if reachable(group):
+        return "symmetric"
+    if _node_groups(group):
+        return "nodes"
+    way = "gather" if dist.get_world_size(group) <= GATHER_UP_TO else "rows"
+    if dist.get_backend(group) == "nccl" and dist.get_rank(group) == 0:
+        logger.warning(
+            "expert parallelism over NCCL (HF_MOE_EP_EXCHANGE=%s): the GPUs of ranks %s cannot "
+            "read each other's memory",
+            way,
+            dist.get_process_group_ranks(group),
+        )
+    return way
 
 
 @cache

@@ -71,17 +71,11 @@ def routing_weight_grad(dots: torch.Tensor, r: Routing, dtype: torch.dtype) -> t
         return torch_ops.routing_weight_grad(dots, r, dtype)
     from .backends.triton.combine import routing_weight_grad_kernel
 
-    out = dots.new_empty(dots.shape[0] // r.top_k, r.top_k, dtype=dtype)
-    if dots.shape[0]:
-        block = 128
-        routing_weight_grad_kernel[(-(-dots.shape[0] // block),)](
-            dots,
-            r.inv_perm,
-            out,
-            dots.shape[0],
-            dots.shape[1],
-            block,
-            _next_power_of_2(dots.shape[1]),
+    slots, block = r.inv_perm.numel(), 128
+    out = dots.new_empty(slots // r.top_k, r.top_k, dtype=dtype)
+    if slots:
+        routing_weight_grad_kernel[(-(-slots // block),)](
+            dots, r.inv_perm, out, slots, dots.shape[1], block, _next_power_of_2(dots.shape[1])
         )
     return out
 

@@ -21,8 +21,8 @@ if _torch_grouped_mm is None and torch.__version__ >= (2, 9):
 _ALIGNMENT = 16  # bytes; what torch's grouped_mm asks of the strides and pointers of its operands
 
 
-def route_slots(ids: torch.Tensor, num_experts: int):
-    """perm, inv_perm, offsets, and an empty tile map, from the ids (S,) of the slots."""
+def route_slots(ids: torch.Tensor, num_experts: int, num_rows: int):
+    """perm (num_rows,), inv_perm, offsets and an empty tile map, from the ids (S,) of the slots."""
     sentinel = (ids < 0) | (ids >= num_experts)
     experts, perm = torch.sort(ids.masked_fill(sentinel, num_experts), stable=True)
     bounds = torch.arange(num_experts + 1, device=ids.device, dtype=experts.dtype)
@@ -30,7 +30,7 @@ def route_slots(ids: torch.Tensor, num_experts: int):
     rows = torch.arange(ids.numel(), device=ids.device, dtype=torch.int32)
     inv_perm = torch.empty_like(rows).scatter_(0, perm, rows).masked_fill(sentinel, -1)
     no_tiles = offsets.new_zeros(0, 2)
-    return perm.int(), inv_perm, offsets, no_tiles, offsets.new_zeros(1)
+    return perm[:num_rows].int(), inv_perm, offsets, no_tiles, offsets.new_zeros(1)
 
 
 def up_gate(x, up, up_bias, r, gate, transposed, keep_h):
@@ -115,9 +115,9 @@ def combine_backward(grad, y, weights, r):
 
 def routing_weight_grad(dots, r, dtype):
     """(T, K): the sum over the columns of dots (S, n) at each slot's row, zero at sentinels."""
-    if not dots.shape[0]:
-        return dots.new_zeros(0, r.top_k, dtype=dtype)
     rows = r.inv_perm.view(-1, r.top_k)
+    if not dots.shape[0]:
+        return dots.new_zeros(rows.shape, dtype=dtype)
     return dots.sum(-1)[rows.clamp(min=0).long()].masked_fill(rows < 0, 0.0).to(dtype)
 
 

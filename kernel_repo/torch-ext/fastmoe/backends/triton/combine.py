@@ -63,7 +63,7 @@ def combine_backward_kernel(
     tl.store(dots_ptr + row, tl.sum(dot, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def routing_weight_grad_kernel(
     dots_ptr, inv_perm_ptr, out_ptr, S, n, BLOCK_S: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):

@@ -14,7 +14,7 @@ def _published(peers_ptr, rank, offset, LIKE):
     return address.to(tl.pointer_type(LIKE.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "S", "T", "FIRST"])
 def pull_routes_kernel(
     peers_ptr, offset, ids_ptr, weights_ptr, S, T, FIRST, NUM_EXPERTS,
     TOP_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -32,7 +32,7 @@ def pull_routes_kernel(
     tl.store(weights_ptr + slots, tl.where(here, weight, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def pull_rows_kernel(
     peers_ptr, offset, ids_ptr, out_ptr, T, H, NUM_EXPERTS,
     TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -49,7 +49,7 @@ def pull_rows_kernel(
             tl.store(out_ptr + row.to(tl.int64) * H + cols, value, mask=cols < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST_ROW"])
 def pull_sums_kernel(
     peers_ptr, offset, ids_ptr, out_ptr, FIRST_ROW, H, NUM_EXPERTS, TOP_K: tl.constexpr,
     NUM_RANKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -183,7 +183,7 @@ def _gate_backward_columns(
     return dots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # no compilation for another number of tokens
 def gate_backward_kernel(
     grad_ptr, w, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
