@@ -31,18 +31,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, ValueError, OSError) as error:
         print(f"hf-moe-ep sft: error: {error}", file=sys.stderr)
         return 2
-    from trl.scripts.sft import main as trl_main
-
-    trl_main(*arguments)
+    train(*arguments)
     return 0
 
 
+def train(script, training, model, mixture) -> None:
+    """What TRL's script does with these, by a trainer that saves and resumes sharded models."""
+    from datasets import load_dataset
+    from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
+
+    from ..training import ShardedCheckpointMixin
+
+    class Trainer(ShardedCheckpointMixin, SFTTrainer):
+        async_save = training.async_save
+
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | training.model_init_kwargs
+    if mixture.datasets:
+        data = get_dataset(mixture)
+    else:
+        options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
+        data = load_dataset(script.dataset_name, **options)
+    evaluates = training.eval_strategy != "no"
+    trainer = Trainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if evaluates else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.end()
+
+
 def prepare(argv: list[str]) -> tuple:
-    """What trl.scripts.sft.main takes: ScriptArguments, SFTConfig, ModelConfig and
-    DatasetMixtureConfig. Nothing is downloaded but the config of a hub model.
+    """What `train` takes: ScriptArguments, SFTArguments, ModelConfig and DatasetMixtureConfig.
+    Nothing is downloaded but the config of a hub model.
 
     Raises:
-        ValueError: an unknown flag or key, or a layout that cannot run; the message names it.
+        ValueError: an unknown flag or key, a layout that cannot run, or a checkpoint that cannot
+            be resumed from; the message names it.
     """
     parser = make_parser()
     argv = refuse_unknown(parser, argv)
@@ -56,6 +92,7 @@ def prepare(argv: list[str]) -> tuple:
             "--config file"
         )
     set_model_init_kwargs(training, model, ours)
+    find_checkpoint(training)
     add_telemetry(training)
     return script, training, model, mixture
 
@@ -172,25 +209,36 @@ def set_model_init_kwargs(training, model, ours) -> None:
         lora = model if model.use_peft else None
         plans.require(plans.training_checks(config, training, lora))
         layout.check_lengths(config, training)
-        save_weights_only(training)
     training.model_init_kwargs = init
 
 
-def save_weights_only(training) -> None:
-    """transformers 5.23 refuses to checkpoint the optimizer of a sharded model: keep weights.
+def find_checkpoint(training) -> None:
+    """Makes a folder, or None, of what --resume_from_checkpoint says.
+
+    `true` is the newest checkpoint in output_dir, `auto` the same, or a new start without one.
 
     Raises:
-        ValueError: asked to resume, which it cannot either.
+        ValueError: there is none, or the one of a sharded run is not whole or not one.
     """
-    if training.resume_from_checkpoint:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..training import checkpoint_files, checkpoint_trainer
+
+    sharded = "distributed_config" in training.model_init_kwargs
+    if training.async_save and not (sharded and not training.save_only_model):
         raise ValueError(
-            "--resume_from_checkpoint: transformers 5.23 cannot resume a sharded model; start from "
-            "saved weights with --model_name_or_path"
+            "--async_save does nothing without a layout, or with --save_only_model; drop it or "
+            "give --ep_size, --tp_size or --fsdp_size"
         )
-    if training.save_strategy != "no" and not training.save_only_model:
-        training.save_only_model = True
-        if training.process_index == 0:
-            print("hf-moe-ep sft: sharded: checkpoints hold the weights only", file=sys.stderr)
+    place, output = str(training.resume_from_checkpoint or ""), training.output_dir
+    if place.lower() in ("true", "auto"):
+        folder = get_last_checkpoint(output) if os.path.isdir(output) else None
+        if folder is None and place.lower() == "true":
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {output}")
+        place = folder
+    training.resume_from_checkpoint = place or None
+    if place and (sharded or checkpoint_files.is_checkpoint(place)):
+        checkpoint_trainer.check_resumable(place)
 
 
 def add_telemetry(training) -> None:

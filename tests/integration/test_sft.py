@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerState,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe_ep import DistributedConfig
 from hf_moe_ep.cli import layout, sft
 from hf_moe_ep.cli.demo import data
+from hf_moe_ep.training import CheckpointSaver
 
 STEPS = 2
 ROWS = 4  # one batch, so that every step sees the same text
@@ -140,18 +147,85 @@ def losses(found):
     return [log["loss"] for log in found]
 
 
-def test_torchrun_with_expert_parallelism(place, single):
-    more = ("--output_dir", str(place / "ep"), "--ep_size", "2")
+def torchrun(place, output, *more):
+    """Two ranks with half of the experts each, which save after every step."""
     run = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
-    flags = arguments(place, *more, "--per_device_train_batch_size", "2")
-    text = launch(*run, "-m", "hf_moe_ep", "sft", *flags)
-    assert "checkpoints hold the weights only" in text
-    assert losses(logs(place / "ep")) == pytest.approx(losses(single[0]), abs=1e-4)
+    flags = ("--output_dir", str(place / output), "--ep_size", "2", "--save_steps", "1")
+    flags = arguments(place, *flags, "--per_device_train_batch_size", "2", *more)
+    launch(*run, "-m", "hf_moe_ep", "sft", *flags)
+    return logs(place / output), AutoModelForCausalLM.from_pretrained(place / output).state_dict()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place):
+    return torchrun(place, "ep", "--async_save", "true")
+
+
+def test_torchrun_with_expert_parallelism(place, single, two_ranks):
+    found, two = two_ranks
+    assert losses(found) == pytest.approx(losses(single[0]), abs=1e-4)
     one = AutoModelForCausalLM.from_pretrained(place / "single").state_dict()
-    two = AutoModelForCausalLM.from_pretrained(place / "ep").state_dict()
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=0, msg=name)
+
+
+def test_a_resumed_run_is_the_one_that_never_stopped(place, two_ranks):
+    checkpoint = place / "ep" / "checkpoint-1"
+    found, resumed = torchrun(place, "resumed", "--resume_from_checkpoint", str(checkpoint))
+    assert not (place / "resumed" / "checkpoint-1").exists()
+    assert losses(found) == losses(two_ranks[0])
+    assert all(torch.equal(resumed[name], value) for name, value in two_ranks[1].items())
+
+
+@pytest.fixture
+def checkpoint(place, tmp_path):
+    """A folder like one that a Trainer's rank saved, the newest of two in its output_dir."""
+    folder = tmp_path / "out" / "checkpoint-20"
+    (folder.parent / "checkpoint-3").mkdir(parents=True)
+    model = AutoModelForCausalLM.from_pretrained(place / "tiny")
+
+    def write_state(incomplete):
+        TrainerState().save_to_json(str(incomplete / "trainer_state.json"))
+
+    CheckpointSaver().save(folder, model, write_more=write_state)
+    return folder
+
+
+def resumes_from(place, monkeypatch, output, what):
+    _, training, model, _, ours = prepared(place, "--ep_size", "2", "--output_dir", str(output))
+    training.resume_from_checkpoint = what
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        sft.set_model_init_kwargs(training, model, ours)
+    sft.find_checkpoint(training)
+    return training.resume_from_checkpoint
+
+
+def test_which_checkpoint_to_resume_from(place, checkpoint, tmp_path, monkeypatch):
+    out, new = checkpoint.parent, tmp_path / "new"
+    for what in ("true", True, "auto", str(checkpoint)):
+        assert resumes_from(place, monkeypatch, out, what) == str(checkpoint)
+    assert resumes_from(place, monkeypatch, out, None) is None
+    assert resumes_from(place, monkeypatch, new, "auto") is None
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        resumes_from(place, monkeypatch, new, "true")
+
+
+def test_a_checkpoint_that_cannot_be_resumed_from(place, checkpoint, tmp_path, monkeypatch):
+    def refusal(folder):
+        with pytest.raises(ValueError) as error:
+            resumes_from(place, monkeypatch, tmp_path, str(folder))
+        return str(error.value)
+
+    shard = checkpoint / "shard-00001-model-00001-of-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert f"{shard} has" in refusal(checkpoint)
+    shard.unlink()
+    assert f"{shard} is missing" in refusal(checkpoint)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert f"{checkpoint / 'manifest.json'}: not the manifest" in refusal(checkpoint)
+    assert "tiny/manifest.json does not exist" in refusal(place / "tiny")
 
 
 def test_accelerate_launch(place, single):
@@ -214,6 +288,7 @@ REFUSED = [
     (["--enable_sequence_parallel", "true"], "enable_sequence_parallel does nothing"),
     (["--ep_implementation", "all_to_all"], "ep_implementation does nothing without a layout"),
     (["--ep_implementation", "al_to_all"], "ep_implementation='al_to_all' is unknown"),
+    (["--async_save", "true"], "async_save does nothing without a layout"),
     (["--model_init_kwargs", '{"experts_implementation": "eager"}'], "as a flag"),
     (["--model_init_kwargs", '{"distributed_config": {"ep_sise": 2}}'], "cannot use ep_sise"),
     (["--model_init_kwargs", '{"distributed_config": {"pp_size": 2}}'], "cannot use pp_size"),
@@ -320,7 +395,6 @@ def test_layout_reaches_the_model(place, monkeypatch):
         (["--sp_size", "8"], {}, "choose sp_size among"),  # 4 heads
         (["--ep_size", "4"], {"ACCELERATE_USE_FSDP": "true"}, "shard again"),
         (["--ep_size", "4", "--sp_size", "4", "--max_length", "50"], {}, "use 52"),
-        (["--ep_size", "4", "--resume_from_checkpoint", "x"], {}, "cannot resume"),
         (["--ep_size", "4", "--optim", "adafactor"], {}, "adamw_torch_fused"),
         (["--ep_size", "4", "--use_peft", "--lora_target_modules", "all-linear"], {}, "experts"),
         (["--tp_size", "2", "--use_peft", "--lora_target_modules", "o_proj"], {}, "by rows"),
