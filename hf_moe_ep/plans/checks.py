@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .. import versions
 from ..training.flops import recurrence
 from .model import experts_modules, names_of
+from .rules import dense_rules
 
 QUERY_HEADS = ("num_attention_heads", "swa_num_attention_heads")
 KEY_HEADS = ("num_key_value_heads", "swa_num_key_value_heads")
@@ -136,6 +137,12 @@ def _expert_rules(model: PreTrainedModel, config: Any) -> list[Check]:
                 "'ep_dispatch_experts'. Another way of moving tokens is an ep_implementation"
             )
             checks.append(Check("model", "ep_plan", "problem", detail))
+    if config.dp_size > 1 and (dense := dense_rules(plan)):
+        detail = (
+            f"{dense} split dense modules over ep, which FSDP2 cannot shard again; give them "
+            "'replicate' in ep_plan, as DistributedConfig.for_model does"
+        )
+        checks.append(Check("model", "ep_plan", "problem", detail))
     return checks
 
 

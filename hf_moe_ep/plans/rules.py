@@ -68,5 +68,15 @@ def complete(model: PreTrainedModel, cls: type, given: dict):
         given["tp_plan"] = sp_plan(model) | asked | (given.get("sp_plan") or {})
     if given.get("ep_size", 1) not in (None, 1) and given.get("ep_plan") is None:
         missing = {r: s for r, s in ep_plan(model).items() if r not in model.ep_plan}
+        if (given.get("fsdp_size") or 1) * (given.get("dp_replicate_size") or 1) > 1:
+            missing |= dict.fromkeys(dense_rules(model.ep_plan), "replicate")
         given["ep_plan"] = missing or None
     return cls(**given)
+
+
+def dense_rules(plan: dict[str, str]) -> list[str]:
+    """Rules of an ep_plan that split dense matrices over the ep axis (gemma4's shared MLP).
+
+    FSDP2 shards dense modules over the fsdp axis, which overlaps ep, so the two cannot be combined.
+    """
+    return [rule for rule, style in plan.items() if style in ("colwise", "rowwise")]
