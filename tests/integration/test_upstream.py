@@ -4,6 +4,7 @@ with its patch applied. A reproduction that no longer fails is a workaround to r
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,14 @@ REASONS = {
     "test_trl_flops[Qwen3MoeConfig]": "Qwen3MoeConfig: 147456, counted 155904",
     "test_unknown_yaml_key": "learning_rat in the YAML file: not a word",
 }
+
+
+def test_contributing_has_a_line_for_each():
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Towards upstream")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert sorted(row[0].strip("| ") for row in rows) == [p.stem for p in PATCHES]
+    for path in re.findall(r"`(hf_moe_ep/[^`]*)`", text):
+        assert (ROOT / path).exists(), path
 
 
 def outcomes(report: Path, *overlay: Path) -> dict[str, tuple[str, str]]:
