@@ -203,12 +203,36 @@ def _first_step(result: Result) -> str:
     return _markdown(header, lines)
 
 
+def _ep(result: Result) -> str:
+    """Expert parallelism: EP implementations, and our own layer without EP on the same rows."""
+    lines = []
+    for row in result["rows"]:
+        if _status(row):
+            continue
+        lines.append(
+            [_shape(row | {"skew": 0}), str(row["T"]), _ep_label(row["implementation"])]
+            + [_ms(row, "forward"), _ms(row, "step"), _ms(row, "graph", 1e3)]
+            + [_get(row, "saved_mib"), _get(row, "peak_mib")]
+            + [str(row.get(k, "-")) for k in ("waits_forward", "waits_step")]
+        )
+    header = ["shape (H, I, E, K)", "T per rank", "", "forward ms", "step ms"]
+    header += ["no gradients, CUDA graph µs", "saved MiB", "peak MiB"]
+    return _markdown([*header, "host waits, forward", "host waits, step"], lines)
+
+
+def _ep_label(name: str) -> str:
+    if name == "transformers":
+        return "AllToAllEP + grouped_mm"
+    return "fastmoe, one GPU, no EP" if name == "one GPU" else f"**fastmoe**, {name}"
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "train": _train,
     "train:short": _train_short,
     "decode": _decode,
     "kernels": _kernels,
     "first_step": _first_step,
+    "ep": _ep,
 }
 
 

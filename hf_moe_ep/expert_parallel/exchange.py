@@ -19,6 +19,7 @@ from ..kernel import get_kernel
 
 fastmoe = get_kernel()
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before 2.13
 NOWHERE = torch.iinfo(torch.int32).max  # the id, in a padding row, of an expert on no rank
 FEW_SLOTS = 8192  # up to here buffers for the worst case are small, and nobody waits for a count
 
@@ -108,7 +109,7 @@ class _Gathered:
     def send(self, x: Tensor) -> Tensor:
         x = _padded(x, self.longest, 0)
         out = x.new_empty(self.n * self.longest, x.shape[1])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        _all_gather(out, x.contiguous(), group=self.group)
         return out
 
     def collect(self, rows: Tensor) -> Tensor:

@@ -115,6 +115,21 @@ def test_sentinel_gradients_are_exactly_zero():
     assert (got["x"][:5] == 0).all() and (got["out"][:5] == 0).all()
 
 
+@pytest.mark.parametrize("gate", [None, "as written"])
+@pytest.mark.parametrize("name", ["sentinels", "gpt_oss_sentinels"])
+def test_sentinels_that_were_counted_take_no_buffer_and_change_no_bit(name, gate):
+    p = BY_NAME[name]
+    inputs = make_inputs(p, DTYPES[0], DEVICE)
+    known = gate_of(p)
+    options = {"gate": lambda h: known(h)} if gate else {}
+    rows = int((inputs.top_k_index < p.E).sum())
+    assert rows < inputs.top_k_index.numel()
+    want = run(fastmoe.fused_experts, p, inputs, **options)
+    got = run(fastmoe.fused_experts, p, inputs, num_rows=rows, **options)
+    for key in want:
+        assert torch.equal(got[key], want[key]), key
+
+
 @pytest.mark.parametrize("name", ["small", "gpt_oss_sentinels"])
 def test_repeated_runs_give_the_same_bits(name):
     p = BY_NAME[name]
