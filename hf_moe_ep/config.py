@@ -13,6 +13,8 @@ from typing import Any, Literal
 from transformers import distributed
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
+from .sequence_parallel.megatron import EP_IMPLEMENTATION
+
 SIZES = ("ep_size", "tp_size", "fsdp_size", "dp_replicate_size", "pp_size", "sp_size")
 
 
@@ -139,6 +141,17 @@ def _sequence_problems(c: DistributedConfig) -> list[str]:
             "enable_sequence_parallel=True needs rules that depend on the model; make the config "
             "with hf_moe_ep.DistributedConfig.for_model(model, ...)"
         )
+    if c.enable_sequence_parallel and c.tp_plan is not None:
+        if c.ep_implementation != EP_IMPLEMENTATION:
+            problems.append(
+                f"ep_implementation={c.ep_implementation!r} takes tokens that the tp axis shares; "
+                f"with enable_sequence_parallel=True use {EP_IMPLEMENTATION!r}"
+            )
+        if c.ep_size < c.tp_size:
+            problems.append(
+                f"enable_sequence_parallel=True has no rules for experts that tp splits, got "
+                f"ep_size={c.ep_size} with tp_size={c.tp_size}; give ep_size, a multiple of tp_size"
+            )
     if c.sp_plan is not None and not c.enable_sequence_parallel:
         problems.append("sp_plan does nothing without enable_sequence_parallel=True")
     return problems

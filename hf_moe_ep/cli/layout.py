@@ -133,20 +133,3 @@ def config_for(
     checks = plans.model_checks(model, config)
     plans.require(checks + plans.experts_checks(experts_implementation, config), name)
     return None if fields is None else config
-
-
-def check_lengths(config: DistributedConfig, training) -> None:
-    """Holds an SFTConfig's lengths in tokens against the ranks that share a sequence.
-
-    Raises:
-        ValueError: max_length or pad_to_multiple_of that the ranks do not divide.
-    """
-    megatron = config.enable_sequence_parallel
-    axis = "tp_size" if megatron else "sp_size"
-    size = getattr(config, axis) if megatron or config.sp_size > 1 else 1
-    checks = []
-    for name in ("max_length", "pad_to_multiple_of"):
-        if (length := getattr(training, name)) is not None and length % size:
-            detail = f"{length} does not divide by {axis}={size}; use {-(-length // size) * size}"
-            checks.append(plans.Check("training", name, "problem", detail))
-    plans.require(checks)

@@ -208,7 +208,6 @@ def set_model_init_kwargs(training, model, ours) -> None:
         init["distributed_config"] = config
         lora = model if model.use_peft else None
         plans.require(plans.training_checks(config, training, lora))
-        layout.check_lengths(config, training)
     training.model_init_kwargs = init
 
 

@@ -85,9 +85,6 @@ def head_checks(model: PreTrainedModel, sizes: dict, plan: dict | None = None) -
             continue
         if splits and get_kv_heads_per_rank(plan, heads, tp) != heads:
             checks.append(divisible(field, heads, "tp_size", tp))
-        if sp > 1 and heads % sp and sp % heads:
-            detail = f"{heads} neither divide by nor divide sp_size={sp}"
-            checks.append(Check("model", field, "problem", detail))
     return checks
 
 
@@ -157,7 +154,7 @@ def _sequence_checks(model: PreTrainedModel, config: Any, seq_len: int | None) -
         checks.append(Check("model", "sp_size", "problem", detail))
     axis, size = ("tp_size", config.tp_size) if config.enable_sequence_parallel else ("sp_size", sp)
     if seq_len is not None and size > 1:
-        checks.append(divisible_length(seq_len, axis, size))
+        checks.append(length_check(seq_len, axis, size))
     return checks
 
 
@@ -168,13 +165,12 @@ def _stateful(model: PreTrainedModel) -> str | None:
     return next((n for n, m in modules if isinstance(m, nn.Conv1d) or recurrence(m)), None)
 
 
-def divisible_length(seq_len: int, axis: str, size: int) -> Check:
-    if seq_len % size == 0:
-        each = f"{seq_len} over {axis}={size}: {seq_len // size} each"
-        return Check("model", "sequence length", "ok", each)
-    below = seq_len // size * size
-    detail = f"{seq_len} does not divide by {axis}={size}; use {below or size} or {below + size}"
-    return Check("model", "sequence length", "problem", detail)
+def length_check(seq_len: int, axis: str, size: int) -> Check:
+    padded = -(-seq_len // size) * size
+    detail = f"{seq_len} over {axis}={size}: {padded // size} each"
+    if padded == seq_len:
+        return Check("model", "sequence length", "ok", detail)
+    return Check("model", "sequence length", "note", f"{detail}, after padding to {padded}")
 
 
 def world_checks(config: Any, world_size: int) -> list[Check]:

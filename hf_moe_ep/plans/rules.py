@@ -8,6 +8,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as wildcard
 
+from ..sequence_parallel.megatron import EP_IMPLEMENTATION
+from ..sequence_parallel.plan import sp_plan_for
 from .model import experts_modules, names_of
 
 
@@ -52,8 +54,6 @@ def sp_plan(model: PreTrainedModel) -> dict[str, str]:
     Raises:
         ValueError: the model has layers for which sequence sharding is not known.
     """
-    from ..sequence_parallel.plan import sp_plan_for
-
     return sp_plan_for(model)
 
 
@@ -66,6 +66,8 @@ def complete(model: PreTrainedModel, cls: type, given: dict):
     if given.get("enable_sequence_parallel"):
         asked = asked if isinstance(asked, dict) else {}
         given["tp_plan"] = sp_plan(model) | asked | (given.get("sp_plan") or {})
+        if given.get("ep_implementation", "auto") == "auto":
+            given["ep_implementation"] = EP_IMPLEMENTATION
     if given.get("ep_size", 1) not in (None, 1) and given.get("ep_plan") is None:
         missing = {r: s for r, s in ep_plan(model).items() if r not in model.ep_plan}
         if (given.get("fsdp_size") or 1) * (given.get("dp_replicate_size") or 1) > 1:

@@ -58,6 +58,10 @@ REFUSED = [
     (dict(sp_size=2, tp_size=2, fsdp_size=2), "use sp_size with tp_size=1"),
     (dict(enable_sequence_parallel=True), "give tp_size, or sp_size instead"),
     (dict(enable_sequence_parallel=True, tp_size=2), r"DistributedConfig.for_model\(model"),
+    (
+        dict(enable_sequence_parallel=True, tp_size=2, ep_size=2, tp_plan={"a": "b"}),
+        "ep_implementation='auto'.*sequence_sharded",
+    ),
     (dict(sp_plan={"lm_head": "replicate"}), "sp_plan does nothing"),
     (dict(ep_size=3, fsdp_size=4), "ep_size=3, fsdp_size=4: `ep_size` must divide"),
     (dict(ep_size=3, tp_size=2, fsdp_size=3), "must be a multiple of `tp_size`"),
@@ -91,6 +95,7 @@ MODEL_REFUSED = [
     (dict(ep_size=2, fsdp_size=2, ep_plan={"model.layers.*.mlp.experts": "replicate"}),
      "'replicate' and would stay whole on every rank"),
     (dict(tp_size=2, tp_plan={"lmhead": "colwise"}), "did you mean 'lm_head'"),
+    (dict(tp_size=2, enable_sequence_parallel=True), "ep_size=1 with tp_size=2.*give ep_size"),
 ]  # fmt: skip
 
 
@@ -112,9 +117,24 @@ def test_a_plan_that_leaves_experts_whole_stops_loading():
 @pytest.mark.parametrize("sizes", [dict(fsdp_size=2, sp_size=2), dict(fsdp_size=2)], ids=str)
 def test_sequence_length(config, length, sizes):
     checks = plans.model_checks(plans.meta_model(config), DistributedConfig(**sizes), length)
-    problems = [c.detail for c in checks if c.status == "problem"]
-    wrong = length == 63 and "sp_size" in sizes
-    assert problems == (["63 does not divide by sp_size=2; use 62 or 64"] if wrong else [])
+    found = {c.detail: c.status for c in checks if c.name == "sequence length"}
+    if "sp_size" not in sizes:
+        assert not found
+    elif length == 63:
+        assert found == {"63 over sp_size=2: 32 each, after padding to 64": "note"}
+    else:
+        assert found == {"64 over sp_size=2: 32 each": "ok"}
+
+
+def test_sequences_over_the_tp_axis(config):
+    """The rules come from the model, and experts get the tokens that each rank holds."""
+    found = DistributedConfig.for_model(
+        config, tp_size=2, ep_size=2, enable_sequence_parallel=True, sp_plan={"lm_head": "colwise"}
+    )
+    assert found.ep_implementation == "sequence_sharded"
+    assert found.tp_plan == plans.sp_plan(plans.meta_model(config)) | {"lm_head": "colwise"}
+    assert found.tp_plan["model.layers.*"] == "sp_layer"
+    assert DistributedConfig.from_dict(found.to_dict()) == found
 
 
 @pytest.mark.parametrize("name", ["lfm2_moe", "jamba"])

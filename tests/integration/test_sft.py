@@ -394,7 +394,6 @@ def test_layout_reaches_the_model(place, monkeypatch):
         (["--tp_size", "8"], {}, "choose tp_size among"),  # 2 key-value heads
         (["--sp_size", "8"], {}, "choose sp_size among"),  # 4 heads
         (["--ep_size", "4"], {"ACCELERATE_USE_FSDP": "true"}, "shard again"),
-        (["--ep_size", "4", "--sp_size", "4", "--max_length", "50"], {}, "use 52"),
         (["--ep_size", "4", "--optim", "adafactor"], {}, "adamw_torch_fused"),
         (["--ep_size", "4", "--use_peft", "--lora_target_modules", "all-linear"], {}, "experts"),
         (["--tp_size", "2", "--use_peft", "--lora_target_modules", "o_proj"], {}, "by rows"),
