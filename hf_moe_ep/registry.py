@@ -26,6 +26,7 @@ def register() -> None:
 def _register_distributed() -> None:
     from transformers.distributed.expert_parallel import EPImplementationInterface
 
+    from . import sequence_parallel
     from .expert_parallel import AutoEP, FastMoEEP
     from .styles import AccumulationSafeGradAllReduce
 
@@ -33,3 +34,4 @@ def _register_distributed() -> None:
     ALL_PARALLEL_STYLES.register("replicated_with_grad_allreduce", style)
     EPImplementationInterface.register("fastmoe", FastMoEEP)
     EPImplementationInterface.register("auto", AutoEP)
+    sequence_parallel.register()

@@ -32,8 +32,8 @@ def sp_plan_for(model: PreTrainedModel) -> dict[str, str]:
         if any(True for _ in module.parameters()) and name not in ("layers", "embed_tokens"):
             if not name.endswith("norm"):
                 raise ValueError(
-                    f"{type(model).__name__}: `{root}.{name}` stands beside the layers, and whether it "
-                    "sees whole sequences is not known; use sp_size instead"
+                    f"{type(model).__name__}: `{root}.{name}` stands beside the layers, and "
+                    "whether it sees whole sequences is not known; use sp_size instead"
                 )
             rules[f"{root}.{name}"] = REPLICATED
     for number, layer in enumerate(layers):
