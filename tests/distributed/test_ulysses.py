@@ -61,6 +61,7 @@ class Case:
     config: dict = field(default_factory=dict)
     load: dict = field(default_factory=lambda: {"attn_implementation": "sdpa"})
     checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 EAGER = {"attn_implementation": "eager"}
@@ -90,9 +91,10 @@ def make_model(case: Case):
         {n: v for n, v in experts.items() if hasattr(config, n)} | case.config
     ).items():
         setattr(config, name, value)
-    model = families.model_class(families.family(case.family))._from_config(config)
+    model_class = families.model_class(families.family(case.family))
+    model = model_class._from_config(config, experts_implementation="eager")
     families.randomise(model)
-    return model
+    return model.to(case.dtype)
 
 
 def results(model, batches) -> dict:
@@ -123,6 +125,16 @@ def share(inputs: dict, group: int, groups: int) -> dict:
     return rows | {"num_items_in_batch": targets / groups} if groups > 1 else rows
 
 
+def worst_error(got: dict, want: dict) -> tuple[str, float]:
+    """The name with the largest error relative to the reference, in the Euclidean norm."""
+    errors = {}
+    for name, reference in want.items():
+        ours = got[name]
+        ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
+        errors[name] = ((ours - reference).norm() / reference.norm()).item()
+    return max(errors.items(), key=lambda item: item[1])
+
+
 def worst_errors(root, sp_size: int, ep_size: int) -> dict[str, tuple[str, float]]:
     """Case -> the name with the largest relative error, and that error."""
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -141,12 +153,7 @@ def worst_errors(root, sp_size: int, ep_size: int) -> dict[str, tuple[str, float
         got = results(model, [share(inputs, group, groups) for inputs in case.batches])
         dist.all_reduce(got["loss"])
         got["loss"] /= world
-        errors = {}
-        for parameter, want in torch.load(folder / "reference.pt").items():
-            ours = got[parameter]
-            ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
-            errors[parameter] = families.relative_error(ours, want)
-        worst[name] = max(errors.items(), key=lambda item: item[1])
+        worst[name] = worst_error(got, torch.load(folder / "reference.pt"))
     return worst
 
 
