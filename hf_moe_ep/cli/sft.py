@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
+from .. import recipes
 from .extras import require
 
 USAGE = "hf-moe-ep sft [--config FILE.yaml] --model_name_or_path NAME --dataset_name NAME [...]"
@@ -116,13 +117,16 @@ def make_parser():
         "--config",
         metavar="FILE.yaml",
         default=argparse.SUPPRESS,
-        help="Flags and their values, and environment variables under `env`; flags override it.",
+        help="Flags and their values, and environment variables under `env`; flags override it. "
+        f"Or a recipe: {', '.join(recipes.names())}.",
     )
     return parser
 
 
 def refuse_unknown(parser, argv: list[str]) -> list[str]:
     """`argv` as TrlParser reads it, once every flag and every key of its --config file is known.
+
+    A --config that names a recipe becomes the recipe's file.
 
     Raises:
         ValueError: names the flags or keys that are not known, and the nearest that are.
@@ -133,7 +137,8 @@ def refuse_unknown(parser, argv: list[str]) -> list[str]:
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
-            raise ValueError("--config needs the path of a YAML file")
+            raise ValueError("--config needs the path of a YAML file, or a recipe's name")
+        argv[at + 1] = recipes.path(argv[at + 1])
         refuse_unknown_keys(argv[at + 1], known)
         flags = argv[:at] + argv[at + 2 :]
     _, rest = parser.parse_known_args(flags)
