@@ -15,7 +15,7 @@ def one_sided_model():
     model = tiny_model(num_experts_per_tok=1)
     for layer in model.model.layers:
         row = torch.randn(layer.mlp.gate.weight.shape[1])
-        layer.mlp.gate.weight.data = torch.stack([row, -row, 0 * row, 0 * row])
+        layer.mlp.gate.weight.data = torch.stack([-row, row, 0 * row, 0 * row])
     return model
 
 
