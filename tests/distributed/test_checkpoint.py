@@ -138,12 +138,10 @@ def largest_error(got, want):
     return float(errors[worst]), worst
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(0)
-    families.tiny_model(families.family("qwen3_moe")).save_pretrained(folder / "model")
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    families.tiny_model(families.family("qwen3_moe")).save_pretrained(tmp_path / "model")
+    return tmp_path
 
 
 def in_one_launch(folder, same, others):
@@ -175,3 +173,30 @@ def test_two_ranks(folder):
     others = [("tp2", "fsdp2"), ("ep2 fsdp2", "tp2 ep2")]
     check(run_ranks(2, in_one_launch, folder, same, others))
     check([in_one_launch(folder, [], [("ep2 fsdp2", "one process")])])
+
+
+def test_four_ranks_then_two(folder):
+    same, others = [("ep2 fsdp4", True)], [("ep2 fsdp4", "tp2 fsdp2")]
+    check(run_ranks(4, in_one_launch, folder, same, others))
+    check(run_ranks(2, in_one_launch, folder, [], [("ep2 fsdp4", "ep2 fsdp2")]))
+
+
+@pytest.mark.grid
+def test_every_pair(folder):
+    """Every layout of two and of four ranks, saved and loaded in every other; and one process."""
+    two = [name for name, sizes in LAYOUTS.items() if sizes and _ranks(sizes) == 2]
+    four = [name for name, sizes in LAYOUTS.items() if sizes and _ranks(sizes) == 4]
+    assert len(two) == 4 and len(four) == 5
+
+    def into(layouts):
+        return [(a, b) for a in (*four, *two, "one process") for b in layouts if a != b]
+
+    check(run_ranks(4, in_one_launch, folder, [(name, False) for name in four], [], timeout=600))
+    check(run_ranks(2, in_one_launch, folder, [(name, True) for name in two], [], timeout=600))
+    check([in_one_launch(folder, [("one process", False)], into(["one process"]))])
+    check(run_ranks(2, in_one_launch, folder, [], into(two), timeout=600))
+    check(run_ranks(4, in_one_launch, folder, [], into(four), timeout=600))
+
+
+def _ranks(sizes):
+    return sizes.get("tp_size", 1) * sizes.get("fsdp_size", 1)

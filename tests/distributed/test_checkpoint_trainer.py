@@ -1,8 +1,10 @@
 """Trainer on a sharded model: stopped and resumed it takes the very steps it would have taken."""
 
+import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -13,6 +15,7 @@ from tests import families
 from tests.distributed.ranks import run_ranks
 
 STEPS, STOP = 4, 2
+DAMAGED = "shard-00002-model-00001-of-00001.safetensors"
 ROWS = 12  # 3 steps an epoch: the stop is inside the first, the end inside the second
 
 
@@ -93,17 +96,32 @@ def stop_and_resume(folder):
     return resumed.state.global_step
 
 
-def refused(folder):
-    """What resuming from a damaged or foreign checkpoint, or with other batches, says."""
-    messages = []
-    cases = (("damaged", {}), ("foreign", {}), ("good", {"gradient_accumulation_steps": 1}))
-    for name, changes in cases:
-        run = trainer(folder / "model", folder / "refused", **changes)
-        with pytest.raises(ValueError) as error:
-            run.train(resume_from_checkpoint=str(folder / name))
-        messages.append(str(error.value))
-        assert run.state.global_step == 0
-    return messages
+def refused(folder, name, **changes):
+    """What resuming from `name` says, with nothing trained."""
+    run = trainer(folder / "model", folder / "refused", **changes)
+    with pytest.raises(ValueError) as error:
+        run.train(resume_from_checkpoint=str(folder / name))
+    assert run.state.global_step == 0
+    return str(error.value)
+
+
+def all_in_one_launch(folder):
+    step = stop_and_resume(folder)
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "parts/checkpoint-4", folder / "damaged")
+        flip_a_byte(folder / "damaged" / DAMAGED)
+    dist.barrier()
+    return step, [
+        refused(folder, "damaged"),
+        refused(folder, "model"),
+        refused(folder, "parts/checkpoint-4", gradient_accumulation_steps=1),
+    ]
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +133,12 @@ def folder(tmp_path_factory):
 
 
 def test_a_stop_changes_nothing(folder):
-    assert run_ranks(2, stop_and_resume, folder) == [STEPS, STEPS]
+    results = run_ranks(2, all_in_one_launch, folder)
+    for step, (damaged, foreign, other_batches) in results:
+        assert step == STEPS
+        assert f"{folder / 'damaged' / DAMAGED} is damaged" in damaged
+        assert f"{folder / 'model/manifest.json'} does not exist" in foreign
+        assert "with 4 samples per optimizer step and this run takes 2" in other_batches
     kept = sorted(p.name for p in (folder / "parts").iterdir())
     assert kept == ["checkpoint-3", "checkpoint-4"]  # save_total_limit
     manifest = read_manifest(folder / "parts/checkpoint-4")
