@@ -2,6 +2,7 @@
 
 from .megatron import register
 from .plan import sp_plan_for
+from .trainer import share_batches
 from .ulysses import enable_sequence_parallel
 
-__all__ = ["enable_sequence_parallel", "register", "sp_plan_for"]
+__all__ = ["enable_sequence_parallel", "register", "share_batches", "sp_plan_for"]
