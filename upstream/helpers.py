@@ -36,7 +36,7 @@ SIZES = {
 }
 
 
-def run(world: int, function, *args, timeout: float = 60) -> None:
+def run(world: int, function, *args, timeout: float = 180) -> None:
     """Runs `function(*args)` on `world` gloo ranks, forked from a server with the libraries loaded.
 
     Raises AssertionError with the last line of a rank's traceback, or "hangs" after `timeout`
@@ -83,7 +83,7 @@ def _rank(rank: int, world: int, port: int, pipe, function, args) -> None:
     torch.set_num_threads(1)
     try:
         if world > 1:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=180))
         function(*args)
         if world > 1:
             dist.barrier()  # nobody leaves while another still needs the connection
