@@ -65,9 +65,9 @@ def fastmoe_experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    num_rows: int | None = None,
+    routing: fastmoe.Routing | None = None,
 ) -> torch.Tensor:
-    """(T, H): the weighted sum of each token's experts. `num_rows` as in `fused_experts`.
+    """(T, H): the weighted sum of each token's experts. `routing` as in `fused_experts`.
 
     Serves any experts module behind transformers' interface. Reads the flags that
     `use_experts_implementation` sets (has_gate, has_bias, is_transposed, has_post_expert_norm) and
@@ -87,7 +87,7 @@ def fastmoe_experts_forward(
         down_bias=self.down_proj_bias if bias else None,
         is_transposed=self.is_transposed,
         post_norm=self.post_expert_norm if self.has_post_expert_norm else None,
-        num_rows=num_rows,
+        routing=routing,
     )
 
 

@@ -29,6 +29,7 @@ API = (
     "backend_name",
     "exchange",
     "kernel_backends",
+    "route_experts",
     "sum_rows",
 )
 

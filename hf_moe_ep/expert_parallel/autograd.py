@@ -6,25 +6,43 @@ Shapes: x (T, H), ids and weights (T, K), rows (R, H) as in `exchange`.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from ..kernel import get_kernel
+
+fastmoe = get_kernel()
+
+FEW_SLOTS = 8192  # up to here buffers for the worst case are small, and nobody waits for a count
 
 
 class Dispatch(torch.autograd.Function):
-    """x and routing weights to the experts; their gradients come back summed over the ranks."""
+    """x and routing weights to the experts; their gradients come back summed over the ranks.
+
+    Gives rows, ids, weights, layout and, with `route`, the routing of the rows for fastmoe.
+    """
 
     @staticmethod
-    def forward(ctx, x, weights, ids, exchange, lengths):
-        received = exchange.dispatch(x, ids, weights, lengths)
-        ctx.layout = received.layout
-        ctx.mark_non_differentiable(received.ids)
+    def forward(ctx, x, weights, ids, exchange, lengths, route):
+        plan = exchange.plan(ids, weights, lengths)
+        routing = None
+        if route:
+            routing = fastmoe.route_experts(x, plan.ids, exchange.experts, share=len(lengths))
+            count = Count(routing.offsets, plan.ids.numel())
+        rows = plan.layout.send(x)  # meanwhile the count arrives
+        if route:
+            routing = count.cut(routing)
+        ctx.layout = plan.layout
+        ctx.mark_non_differentiable(plan.ids)
         if not ctx.needs_input_grad[0]:  # agreed by all ranks: else one would wait for the others
-            ctx.mark_non_differentiable(received.rows)
-        return received.rows, received.ids, received.weights, received.layout, received.num_rows
+            ctx.mark_non_differentiable(rows)
+        return rows, plan.ids, plan.weights, plan.layout, routing
 
     @staticmethod
     def backward(ctx, d_rows, _d_ids, d_weights, *_):
         need_x, need_weights = ctx.needs_input_grad[:2]
-        d_x = ctx.layout.collect(d_rows) if need_x else None
-        return d_x, ctx.layout.collect(d_weights) if need_weights else None, None, None, None
+        sums = ctx.layout.collect(*[d_rows] * need_x, *[d_weights] * need_weights)
+        d_x = sums.pop(0) if need_x else None
+        return d_x, sums.pop() if need_weights else None, None, None, None, None
 
 
 class Combine(torch.autograd.Function):
@@ -33,8 +51,32 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, layout):
         ctx.layout = layout
-        return layout.collect(rows)
+        return layout.collect(rows)[0]
 
     @staticmethod
     def backward(ctx, grad):
         return ctx.layout.send(grad.contiguous()), None
+
+
+class Count:
+    """The number of routed rows, offsets[-1], on its way to the host.
+
+    The experts' buffers are fitted to it, where the worst case is as many times larger as there are
+    ranks. Not for few slots, nor while a CUDA graph is captured, where nothing can wait.
+    """
+
+    def __init__(self, offsets: Tensor, slots: int):
+        on_gpu = offsets.is_cuda
+        self.number = None
+        if slots > FEW_SLOTS and not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            self.number = torch.empty(1, dtype=offsets.dtype, pin_memory=on_gpu)
+            self.number.copy_(offsets[-1:], non_blocking=True)
+            self.arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def cut(self, routing):
+        """The routing with rows for what is in use only."""
+        if self.number is None:
+            return routing
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return routing.cut(int(self.number))

@@ -21,7 +21,6 @@ fastmoe = get_kernel()
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before 2.13
 NOWHERE = torch.iinfo(torch.int32).max  # the id, in a padding row, of an expert on no rank
-FEW_SLOTS = 8192  # up to here buffers for the worst case are small, and nobody waits for a count
 
 
 class Layout(Protocol):
@@ -30,50 +29,24 @@ class Layout(Protocol):
     def send(self, x: Tensor) -> Tensor:
         """(T, W) -> (R, W): each token's row to every rank that holds one of its experts."""
 
-    def collect(self, rows: Tensor) -> Tensor:
-        """(R, W) -> (T, W): the sum of a token's rows over the ranks, fp32, in rank order."""
+    def collect(self, *arrays: Tensor) -> list[Tensor]:
+        """(R, W) -> (T, W) each: the sum of a token's rows over the ranks, fp32, in rank order."""
 
 
 @dataclass(frozen=True)
-class Received:
-    """What a rank's experts run on."""
+class Plan:
+    """Which rows come here, and for which experts. A row without ids here may hold anything."""
 
-    rows: Tensor  # (R, H) in the dtype of x; a row whose ids are all sentinels may hold anything
     ids: Tensor  # (R, K) int32 local ids; `experts` is the sentinel, an expert elsewhere. [[0, 4]]
     weights: Tensor  # (R, K) in the dtype of the routing weights, 0 at sentinels. [[0.7, 0.0]]
     layout: Layout
-    num_rows: int | None  # how many ids are local; None where nobody waited for it. 4096
 
 
 class Exchange(Protocol):
     """One way of moving rows within a group."""
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
-        """x (T, H), ids (T, K) global, weights (T, K); `lengths` the T of every rank."""
-
-
-class Count:
-    """How many elements of a mask are set, read while the device does what is launched meanwhile.
-
-    The experts' buffers need it: the worst case is ranks times larger. None for few elements, and
-    while a CUDA graph is captured, where nothing can wait.
-    """
-
-    def __init__(self, mask: Tensor):
-        self.wanted = mask.numel() > FEW_SLOTS and not (
-            mask.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if self.wanted:
-            self.number = torch.empty((), dtype=torch.int64, pin_memory=mask.is_cuda)
-            self.number.copy_(mask.sum(), non_blocking=True)
-            self.copied = mask.is_cuda and torch.cuda.current_stream().record_event()
-
-    def value(self) -> int | None:
-        if not self.wanted:
-            return None
-        if self.copied:
-            self.copied.synchronize()
-        return int(self.number)
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+        """ids (T, K) global and weights (T, K) travel first; `lengths` is the T of every rank."""
 
 
 class GatherExchange:
@@ -86,17 +59,14 @@ class GatherExchange:
     def __init__(self, group: ProcessGroup, experts: int):
         self.group, self.experts = group, experts
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
         n, longest = len(lengths), max(lengths)
         wanted = _wanted(ids, self.experts, n)
-        first = torch.arange(n, device=x.device) * longest  # a rank's rows, sent and coming back
-        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + first  # (T, n)
+        first = torch.arange(n, device=ids.device) * longest  # a rank's rows, sent and coming back
+        rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1) + first  # (T, n)
         layout = _Gathered(self.group, n, longest, rows.masked_fill(~wanted, -1))
         routes = layout.send(_padded(_pack(ids, weights), longest, NOWHERE))
-        ids, weights = _unpack(routes, weights.dtype)
-        ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts)
-        count = Count(ids < self.experts)
-        return Received(layout.send(x), ids, weights, layout, count.value())
+        return Plan(*_local(routes, weights.dtype, self.group, self.experts), layout)
 
 
 @dataclass(frozen=True)
@@ -112,32 +82,33 @@ class _Gathered:
         _all_gather(out, x.contiguous(), group=self.group)
         return out
 
-    def collect(self, rows: Tensor) -> Tensor:
+    def collect(self, *arrays: Tensor) -> list[Tensor]:
+        return [self._sum(rows.contiguous()) for rows in arrays]
+
+    def _sum(self, rows: Tensor) -> Tensor:
         back = torch.empty_like(rows)
-        dist.all_to_all_single(back, rows.contiguous(), group=self.group)
+        dist.all_to_all_single(back, rows, group=self.group)
         return fastmoe.sum_rows(back, self.positions)
 
 
 class RowsExchange:
     """A row only to the ranks that hold one of its experts, by all-to-all with split sizes.
 
-    The sizes are the one thing the host waits for, once per forward.
+    The host waits for the sizes, once per forward.
     """
 
     def __init__(self, group: ProcessGroup, experts: int):
         self.group, self.experts = group, experts
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
         wanted = _wanted(ids, self.experts, dist.get_world_size(self.group))
         sent = wanted.sum(0)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         sent, received = torch.stack([sent, received]).tolist()
         layout = _Rows(self.group, *_rank_major(wanted, sum(sent)), sent, received)
-        ids, weights = _unpack(layout.send(_pack(ids, weights)), weights.dtype)
-        ids, weights = _localise(ids, weights, dist.get_rank(self.group), self.experts)
-        count = Count(ids < self.experts)
-        return Received(layout.send(x), ids, weights, layout, count.value())
+        routes = layout.send(_pack(ids, weights))
+        return Plan(*_local(routes, weights.dtype, self.group, self.experts), layout)
 
 
 @dataclass(frozen=True)
@@ -153,9 +124,12 @@ class _Rows:
         dist.all_to_all_single(out, x[self.tokens], self.received, self.sent, group=self.group)
         return out
 
-    def collect(self, rows: Tensor) -> Tensor:
+    def collect(self, *arrays: Tensor) -> list[Tensor]:
+        return [self._sum(rows.contiguous()) for rows in arrays]
+
+    def _sum(self, rows: Tensor) -> Tensor:
         back = rows.new_empty(sum(self.sent), *rows.shape[1:])
-        dist.all_to_all_single(back, rows.contiguous(), self.sent, self.received, group=self.group)
+        dist.all_to_all_single(back, rows, self.sent, self.received, group=self.group)
         return fastmoe.sum_rows(back, self.positions)
 
 
@@ -167,14 +141,14 @@ class NodesExchange:
     """
 
     def __init__(self, across: ProcessGroup, inside: ProcessGroup, experts: int):
+        self.experts = experts
         self.across = RowsExchange(across, experts * dist.get_world_size(inside))
         self.inside = RowsExchange(inside, experts)
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
-        outer = self.across.dispatch(x, ids, weights, lengths)
-        inner = self.inside.dispatch(outer.rows, outer.ids, outer.weights, lengths)
-        layout = _Nodes(outer.layout, inner.layout)
-        return Received(inner.rows, inner.ids, inner.weights, layout, inner.num_rows)
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+        outer = self.across.plan(ids, weights, lengths)
+        inner = self.inside.plan(outer.ids, outer.weights, lengths)
+        return Plan(inner.ids, inner.weights, _Nodes(outer.layout, inner.layout))
 
 
 @dataclass(frozen=True)
@@ -185,8 +159,8 @@ class _Nodes:
     def send(self, x: Tensor) -> Tensor:
         return self.inside.send(self.across.send(x))
 
-    def collect(self, rows: Tensor) -> Tensor:
-        return self.across.collect(self.inside.collect(rows))
+    def collect(self, *arrays: Tensor) -> list[Tensor]:
+        return self.across.collect(*self.inside.collect(*arrays))
 
 
 def _wanted(ids: Tensor, experts: int, n: int) -> Tensor:
@@ -222,6 +196,10 @@ def _unpack(routes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     ids, bits = routes.chunk(2, 1)
     weights = bits.contiguous().view(torch.float64 if bits.itemsize == 8 else torch.float32)
     return ids.int(), weights.to(dtype)
+
+
+def _local(routes: Tensor, dtype, group: ProcessGroup, experts: int) -> tuple[Tensor, Tensor]:
+    return _localise(*_unpack(routes, dtype), dist.get_rank(group), experts)
 
 
 def _localise(ids: Tensor, weights: Tensor, rank: int, experts: int) -> tuple[Tensor, Tensor]:

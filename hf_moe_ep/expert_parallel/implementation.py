@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed import expert_parallel as upstream
 
-from .agreement import agree, host_group
+from .agreement import agree
 from .autograd import Combine, Dispatch
 from .exchange import Exchange, GatherExchange, NodesExchange, RowsExchange
 from .symmetric import SymmetricExchange, reachable
@@ -52,7 +52,6 @@ class FastMoEEP(upstream.EPImplementation):
         if self.shares_batch:
             self.shared = upstream.AllReduceEP(experts, ep_mesh, tp_mesh)
         else:
-            self.host_group = host_group(self.group)
             self.exchange = make_exchange(self.group, self.num_local_experts)
 
     @torch.compiler.disable
@@ -69,25 +68,22 @@ class FastMoEEP(upstream.EPImplementation):
         return out
 
     def _exchanged(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        lengths = agree(self.host_group, self.layer, x, ids, weights)
+        lengths = agree(self.group, self.layer, x, ids, weights)
         if not any(lengths):
             return x + 0.0 * weights.sum()  # nobody has a token: keep the graph, send nothing
-        rows, ids, weights, layout, num_rows = Dispatch.apply(
-            x.contiguous(), weights, ids, self.exchange, lengths
+        fastmoe = self.config._experts_implementation == "fastmoe"
+        rows, ids, weights, layout, routing = Dispatch.apply(
+            x.contiguous(), weights, ids, self.exchange, lengths, fastmoe
         )
-        return Combine.apply(self._local_experts(rows, ids, weights, num_rows), layout)
-
-    def _local_experts(self, rows: Tensor, ids: Tensor, weights: Tensor, num_rows) -> Tensor:
-        if rows.shape[0] and self.config._experts_implementation == "fastmoe":
-            return self.experts_forward(rows, ids, weights, num_rows=num_rows)
-        if rows.shape[0]:
-            return self.experts_forward(rows, ids, weights)
-        # One row for no expert: not every experts implementation takes none, and the empty rows
-        # must stay in the graph, whose backward is a collective.
-        one = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        ids = ids.new_full((1, ids.shape[1]), self.num_local_experts)
-        weights = torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
-        return self.experts_forward(one, ids, weights)[:0]
+        options = {"routing": routing} if fastmoe else {}
+        if not rows.shape[0]:
+            # One row for no expert: not every experts implementation takes none, and the empty
+            # rows must stay in the graph, whose backward is a collective.
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            ids = ids.new_full((1, ids.shape[1]), self.num_local_experts)
+            weights = torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
+            return Combine.apply(self.experts_forward(rows, ids, weights)[:0], layout)
+        return Combine.apply(self.experts_forward(rows, ids, weights, **options), layout)
 
 
 class AutoEP(upstream.AutoEP):

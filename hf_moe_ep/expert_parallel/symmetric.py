@@ -8,7 +8,6 @@ torch.distributed's symmetric memory without multicast.
 
 from __future__ import annotations
 
-import logging
 import socket
 from dataclasses import dataclass
 from functools import cache
@@ -20,11 +19,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..kernel import get_kernel
-from .exchange import NOWHERE, Count, Received, _pack, _padded
+from .exchange import Plan
 
 fastmoe = get_kernel()
-_ALIGNMENT = 256  # bytes, of what is published together
-logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 256  # bytes, of arrays that are published together
+_CHUNK = 1 << 21  # bytes; buffers are so many, times a whole number
 
 
 class SymmetricExchange:
@@ -36,108 +36,123 @@ class SymmetricExchange:
     def __init__(self, group: ProcessGroup, experts: int):
         self.group, self.experts = group, experts
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, lengths: list[int]) -> Received:
-        memory, tokens = shared_memory(self.group, x.device), max(lengths)
-        routes = _padded(_pack(ids, weights.float()), tokens, NOWHERE)
-        rows_at, routes_at = memory.publish(x, routes, rows=tokens)
-        local, pulled = fastmoe.exchange.pull_routes(
-            memory.peers, routes_at, tokens, ids.shape[1], memory.rank * self.experts, self.experts
-        )
-        count = Count(local < self.experts)
-        rows = fastmoe.exchange.pull_rows(
-            memory.peers, rows_at, local, x.shape[1], self.experts, x.dtype
-        )
-        memory.barrier()
-        layout = _Pulled(memory, ids.int(), local, tokens, self.experts)
-        return Received(rows, local, pulled.to(weights.dtype), layout, count.value())
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+        memory, tokens = shared_memory(self.group, ids.device), max(lengths)
+        place = memory.place("routes", tokens * ids.shape[1] * 8)
+        fastmoe.exchange.write_routes(place, ids, weights, tokens)
+        local, here = fastmoe.exchange.pull_routes(
+            memory.open("routes"), tokens, ids.shape[1], memory.rank * self.experts, self.experts,
+            weights.dtype,
+        )  # fmt: skip
+        return Plan(local, here, _Pulled(memory, ids, local, tokens, self.experts))
 
 
 @dataclass(frozen=True)
 class _Pulled:
     memory: SharedMemory
-    ids: Tensor  # (T, K) int32 global ids of this rank's tokens
+    ids: Tensor  # (T, K) global ids of this rank's tokens
     local: Tensor  # (R, K) int32 local ids of the rows here
     tokens: int  # rows of each rank, padded. 16384
     experts: int  # experts of each rank. 64
 
     def send(self, x: Tensor) -> Tensor:
-        memory = self.memory
-        (first_byte,) = memory.publish(x, rows=self.tokens)
-        rows = fastmoe.exchange.pull_rows(
-            memory.peers, first_byte, self.local, x.shape[1], self.experts, x.dtype
-        )
-        memory.barrier()
-        return rows
+        place = self.memory.place("tokens", self.tokens * x.shape[1] * x.itemsize)
+        place[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        peers = self.memory.open("tokens")
+        return fastmoe.exchange.pull_rows(peers, self.local, x.shape[1], self.experts, x.dtype)
 
-    def collect(self, rows: Tensor) -> Tensor:
-        memory = self.memory
-        (first_byte,) = memory.publish(rows, rows=rows.shape[0])
-        out = fastmoe.exchange.pull_sums(
-            memory.peers, first_byte, self.ids, self.tokens, memory.rank,
-            rows.shape[1], self.experts, rows.dtype,
-        )  # fmt: skip
-        memory.barrier()
-        return out
+    def collect(self, *arrays: Tensor) -> list[Tensor]:
+        firsts, size = [], 0
+        for array in arrays:
+            firsts.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        place = self.memory.place("partials", size)
+        for first, array in zip(firsts, arrays, strict=True):
+            part = place[first : first + array.nbytes]
+            part.view(array.dtype).view(array.shape).copy_(array)
+        peers = self.memory.open("partials")
+        return [
+            fastmoe.exchange.pull_sums(
+                peers, first, self.ids, self.tokens, self.memory.rank,
+                array.shape[1], self.experts, array.dtype,
+            )
+            for first, array in zip(firsts, arrays, strict=True)
+        ]  # fmt: skip
+
+
+@dataclass
+class _Region:
+    """A buffer of every rank that all read."""
+
+    buffer: Tensor  # (bytes,) uint8, this rank's
+    handle: object  # torch's symmetric memory handle
+    peers: Tensor  # (n,) int64 addresses of all ranks' buffers
+    opened: int = -1  # which barrier let the peers read it last
 
 
 class SharedMemory:
-    """One buffer on every rank of a group that all of them read; grows when a batch needs more.
+    """Buffers by name on every rank of a group, which grow when a batch needs more.
 
-    Between `publish` and the `barrier` that ends its use nobody writes to it.
+    All ranks call `place` and `open` in the same order with the same sizes. `place` gives a buffer
+    that no peer reads any more: so it is once any barrier has followed the one that opened it.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device):
         self.group, self.device = group, device
         self.rank = dist.get_rank(group)
         self.timeout_ms = int(_timeout_s(group) * 1000)
-        self.outgrown: list[Tensor] = []  # CUDA graphs captured before may still read these
-        self._allocate(1 << 20)
+        self.regions: dict[str, _Region] = {}
+        self.barriers = 0
+        self.captured = False  # replays run between barriers that this count does not see
+        self.outgrown: list[_Region] = []
 
-    def _allocate(self, size: int) -> None:
-        self.buffer = symm_mem.empty(size, dtype=torch.uint8, device=self.device)
-        self.handle = symm_mem.rendezvous(self.buffer, self.group)
-        self.peers = torch.tensor(self.handle.buffer_ptrs, dtype=torch.int64, device=self.device)
-
-    def publish(self, *arrays: Tensor, rows: int) -> list[int]:
-        """Copies arrays (<= rows, W) into this rank's buffer; the byte where each begins.
-
-        All ranks pass arrays of the same widths and dtypes and the same `rows`, so the places are
-        the same everywhere, and a buffer that is too small grows on all of them. Returns when every
-        rank's copies are ordered before what this rank launches next.
+    def place(self, name: str, size: int) -> Tensor:
+        """(size,) bytes of this rank's buffer `name`, to be written.
 
         Raises:
             ValueError: it would have to grow while a CUDA graph is being captured.
         """
-        firsts, size = [], 0
-        for array in arrays:
-            firsts.append(size)
-            size += -(-rows * array.shape[1] * array.itemsize // _ALIGNMENT) * _ALIGNMENT
-        if size > self.buffer.numel():
-            self._grow(size)
-        for first, array in zip(firsts, arrays, strict=True):
-            place = self.buffer[first : first + array.nbytes]
-            place.view(array.dtype).view(array.shape).copy_(array)
-        self.barrier()
-        return firsts
+        capturing = torch.cuda.is_current_stream_capturing()
+        self.captured |= capturing
+        region = self.regions.get(name)
+        if region is None or region.buffer.numel() < size:
+            region = self._grow(name, size, capturing)
+        elif self.captured or region.opened == self.barriers:
+            self._barrier(region)
+        return region.buffer[:size]
 
-    def barrier(self) -> None:
+    def open(self, name: str) -> Tensor:
+        """(n,) int64: where every rank's buffer is, once all have written theirs."""
+        region = self.regions[name]
+        self._barrier(region)
+        region.opened = self.barriers
+        return region.peers
+
+    def _barrier(self, region: _Region) -> None:
         """Orders all ranks' launches before it ahead of all ranks' launches after it."""
-        self.handle.barrier(timeout_ms=self.timeout_ms)
+        self.barriers += 1
+        region.handle.barrier(timeout_ms=self.timeout_ms)
 
-    def _grow(self, size: int) -> None:
-        if torch.cuda.is_current_stream_capturing():
+    def _grow(self, name: str, size: int, capturing: bool) -> _Region:
+        if capturing:
             raise ValueError(
-                f"{size >> 20} MiB of shared memory are needed, {self.buffer.numel() >> 20} MiB "
-                "exist, and none can be made while a CUDA graph is captured; run one step of this "
-                "size before the capture"
+                f"expert parallelism needs {size >> 20} MiB of shared memory for this batch, and "
+                "none can be made while a CUDA graph is captured; run one step of this size first"
             )
-        self.outgrown.append(self.buffer)
-        self._allocate(1 << (size - 1).bit_length())
+        old = self.regions.pop(name, None)
+        if old is not None and self.captured:
+            self.outgrown.append(old)  # a captured graph may still use it
+        torch.cuda.synchronize(self.device)  # nobody reads the old one after the rendezvous
+        size = -(-size * 5 // 4 // _CHUNK) * _CHUNK + _CHUNK
+        buffer = symm_mem.empty(size, dtype=torch.uint8, device=self.device)
+        handle = symm_mem.rendezvous(buffer, self.group)
+        peers = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=self.device)
+        self.regions[name] = _Region(buffer, handle, peers)
+        return self.regions[name]
 
 
 @cache
 def shared_memory(group: ProcessGroup, device: torch.device) -> SharedMemory:
-    """The group's buffer; a collective call the first time."""
     return SharedMemory(group, device)
 
 
@@ -161,5 +176,4 @@ def reachable(group: ProcessGroup) -> bool:
 
 
 def _timeout_s(group: ProcessGroup) -> float:
-    options = group._get_backend(torch.device("cuda")).options
-    return options._timeout.total_seconds()
+    return group._get_backend(torch.device("cuda")).options._timeout.total_seconds()

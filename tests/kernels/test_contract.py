@@ -162,7 +162,7 @@ def test_ops_pass_opcheck():
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
     triton = fastmoe.backend_name(inputs.x) == "triton"
     block_m = tuning.bucket(SMALL.T * SMALL.K, SMALL.E) if triton else 0
-    routing = list(ops.route(inputs.top_k_index, SMALL.E, block_m, None))
+    routing = list(ops.route(inputs.top_k_index, SMALL.E, block_m))
     layer = (routing, block_m, SMALL.K)
     gate = fastmoe.Gate().spec()
     h, a = ops.up_gate(inputs.x, inputs.up, None, *layer, gate, False, True)

@@ -8,7 +8,7 @@ from .combine import sum_rows
 from .device import backend_name
 from .gates import Gate
 from .grouped_gemm import kernel_backends
-from .moe import fused_experts
+from .moe import fused_experts, route_experts
 from .reference import reference_experts
 from .routing import Routing, route
 
@@ -22,5 +22,6 @@ __all__ = [
     "layers",
     "reference_experts",
     "route",
+    "route_experts",
     "sum_rows",
 ]

@@ -10,29 +10,46 @@ from __future__ import annotations
 import torch
 
 
-def pull_routes(
-    peers: torch.Tensor, offset: int, tokens: int, top_k: int, first: int, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids (R, K) int32, weights (R, K) fp32) of every rank's tokens, seen from this rank.
+def write_routes(
+    place: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tokens: int
+) -> None:
+    """Into `place` (tokens * 2K * 4 bytes): K global ids, then the bits of K fp32 weights, a token.
 
-    Each rank has published (T, 2K) int32 at `offset`: K global ids, then the bits of K fp32
-    weights. An id becomes a local one, id - first; that of another rank's expert becomes the
-    sentinel num_experts with weight 0.
+    Tokens past the last of ids and weights (T, K), T <= tokens, get ids of experts on no rank.
+    """
+    from .backends.triton.exchange import write_routes_kernel
+
+    top_k, block = ids.shape[1], 256
+    if tokens:
+        write_routes_kernel[(-(-tokens * top_k // block),)](
+            place.view(torch.int32), ids.contiguous(), weights.contiguous(),
+            tokens * top_k, ids.numel(), top_k, block,
+        )  # fmt: skip
+
+
+def pull_routes(
+    peers: torch.Tensor, tokens: int, top_k: int, first: int, num_experts: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids (R, K) int32, weights (R, K) of `dtype`) of every rank's tokens, seen from this rank.
+
+    From what `write_routes` wrote. An id becomes a local one, id - first; that of another rank's
+    expert becomes the sentinel num_experts with weight 0.
     """
     from .backends.triton.exchange import pull_routes_kernel
 
-    ids = torch.empty(peers.numel() * tokens, top_k, dtype=torch.int32, device=peers.device)
-    weights = torch.empty_like(ids, dtype=torch.float32)
+    shape = (peers.numel() * tokens, top_k)
+    ids = torch.empty(shape, dtype=torch.int32, device=peers.device)
+    weights = torch.empty(shape, dtype=dtype, device=peers.device)
     if ids.numel():
         block = 256
         pull_routes_kernel[(-(-ids.numel() // block),)](
-            peers, offset, ids, weights, ids.numel(), tokens, first, num_experts, top_k, block
+            peers, ids, weights, ids.numel(), tokens, first, num_experts, top_k, block
         )
     return ids, weights
 
 
 def pull_rows(
-    peers: torch.Tensor, offset: int, ids: torch.Tensor, width: int, num_experts: int, dtype
+    peers: torch.Tensor, ids: torch.Tensor, width: int, num_experts: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """(R, H): the published rows (T, H) of every rank that have an expert here.
 
@@ -46,7 +63,7 @@ def pull_rows(
         tokens = ids.shape[0] // peers.numel()
         block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
         pull_rows_kernel[(ids.shape[0],)](
-            peers, offset, ids, rows, tokens, width, num_experts, ids.shape[1], block_k, block_h,
+            peers, ids, rows, tokens, width, num_experts, ids.shape[1], block_k, block_h,
             num_warps=8 if block_h > 2048 else 4,
         )  # fmt: skip
     return rows
@@ -54,12 +71,13 @@ def pull_rows(
 
 def pull_sums(
     peers: torch.Tensor, offset: int, ids: torch.Tensor, tokens: int, rank: int,
-    width: int, num_experts: int, dtype,
+    width: int, num_experts: int, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """(len(ids), H): each token's partial rows of all ranks that hold one of its experts, summed.
 
-    In fp32 and in rank order. Every rank has published (R, H) at `offset`; those of this rank's
-    tokens start at row rank * tokens. `ids` (len, K) are global, num_experts those of one rank.
+    In fp32 and in rank order. Every rank has published (R, H) from byte `offset` on; those of this
+    rank's tokens start at row rank * tokens. `ids` (len, K) are global, num_experts those of one
+    rank.
     """
     from .backends.triton.exchange import pull_sums_kernel
 

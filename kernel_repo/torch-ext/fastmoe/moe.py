@@ -15,6 +15,7 @@ from . import decode, ops, tuning
 from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
 from .device import backend_name
 from .gates import Gate
+from .routing import Routing
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SWIGLU = Gate()
@@ -32,7 +33,7 @@ def fused_experts(
     down_bias: Tensor | None = None,
     is_transposed: bool = False,
     post_norm: Callable[[Tensor], Tensor] | None = None,
-    num_rows: int | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]).
 
@@ -49,8 +50,8 @@ def fused_experts(
             written between them.
         up_bias, down_bias: (E, U) and (E, H).
         post_norm: a function (S, H) -> (S, H) of each expert's output before it is weighted.
-        num_rows: how many ids are no sentinels, or a bound on it, where the caller knows: buffers
-            then get so many rows instead of T*K. Too small a number is memory corruption.
+        routing: what `route_experts` made of these ids before, so that the caller may know how many
+            rows it has; buffers get as many as its perm instead of T*K.
 
     Returns:
         (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device,
@@ -81,7 +82,7 @@ def fused_experts(
         isinstance(gate, Gate),
     )
     if os.environ.get("HF_MOE_EP_CHECK") == "1":
-        _check_values(x, top_k_index, top_k_weights, up.shape[0], num_rows)
+        _check_values(x, top_k_index, top_k_weights, up.shape[0])
 
     operands = (
         x.to(up.dtype).contiguous(),
@@ -93,47 +94,56 @@ def fused_experts(
     )
     ids = top_k_index.contiguous()
     if isinstance(gate, Gate) and post_norm is None:
-        out = _fused(*operands, ids, gate, is_transposed, num_rows)
+        out = _fused(*operands, ids, gate, is_transposed, routing)
     else:
-        out = _as_written(*operands, ids, gate, post_norm, is_transposed, num_rows)
+        out = _as_written(*operands, ids, gate, post_norm, is_transposed, routing)
     return out.to(x.dtype)
 
 
 def _fused(
-    x, weights, up, down, up_bias, down_bias, ids, gate: Gate, transposed: bool, num_rows
+    x, weights, up, down, up_bias, down_bias, ids, gate: Gate, transposed: bool, routing
 ) -> Tensor:
     """The path whose gate the kernels know: differentiable, for inference, or for a few tokens."""
     operands = (x, weights, up, down, up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        block_m, routing = _route(x, ids, up.shape[0], num_rows)
-        return FusedExperts.apply(*operands, ids, gate.spec(), transposed, block_m, *routing)
+        block_m, parts = _route(x, ids, up.shape[0], routing)
+        return FusedExperts.apply(*operands, ids, gate.spec(), transposed, block_m, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
         return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
-    block_m, routing = _route(x, ids, up.shape[0], num_rows)
-    layer = Layer(list(routing), block_m, ids.shape[1], transposed)
+    block_m, parts = _route(x, ids, up.shape[0], routing)
+    layer = Layer(list(parts), block_m, ids.shape[1], transposed)
     return fused_forward(*operands, layer, gate.spec(), False)[0]
 
 
 def _as_written(
-    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm, transposed: bool, num_rows
+    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm, transposed: bool, routing
 ) -> Tensor:
     """The path whose gate or norm is the model's own code, run by autograd on rows by expert."""
-    block_m, routing = _route(x, ids, up.shape[0], num_rows)
-    layout = (ids.shape[1], transposed, block_m, *routing)
+    block_m, parts = _route(x, ids, up.shape[0], routing)
+    layout = (ids.shape[1], transposed, block_m, *parts)
     h = GroupedLinear.apply(x, up, up_bias, True, *layout)
     a = gate(h).to(down.dtype).contiguous()
     y = GroupedLinear.apply(a, down, down_bias, False, *layout)
     if post_norm is not None:
         y = post_norm(y).contiguous()
-    return Combine.apply(y, weights, block_m, *routing)
+    return Combine.apply(y, weights, block_m, *parts)
 
 
-def _route(x: Tensor, ids: Tensor, num_experts: int, num_rows) -> tuple[int, tuple[Tensor, ...]]:
-    """(block_m, Routing.tensors()); a tile map only where Triton runs."""
+def route_experts(x: Tensor, top_k_index: Tensor, num_experts: int, share: int = 1) -> Routing:
+    """The routing that `fused_experts` would build for x (T, H) and these ids (T, K).
+
+    `share`: about one id in so many is no sentinel, as on one of so many ranks; tiles are chosen by
+    it. Once the caller knows the number of rows, `Routing.cut` fits every buffer to it.
+    """
     triton = backend_name(x) == "triton"
-    rows = ids.numel() if num_rows is None else num_rows
-    block_m = tuning.bucket(rows, num_experts) if triton else 0
-    return block_m, ops.route(ids, num_experts, block_m, num_rows)
+    block_m = tuning.bucket(top_k_index.numel() // share, num_experts) if triton else 0
+    return Routing(*ops.route(top_k_index, num_experts, block_m), block_m, top_k_index.shape[1])
+
+
+def _route(x: Tensor, ids: Tensor, num_experts: int, routing: Routing | None):
+    """(block_m, Routing.tensors()); a tile map only where Triton runs."""
+    routing = routing or route_experts(x, ids, num_experts)
+    return routing.block_m, routing.tensors()
 
 
 def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
@@ -207,9 +217,7 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
         raise ValueError(f"all inputs must be on one device, got {devices}")
 
 
-def _check_values(
-    x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, num_rows: int | None
-) -> None:
+def _check_values(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> None:
     """The checks that wait for the device (HF_MOE_EP_CHECK=1)."""
     if ids.numel() == 0:
         return
@@ -218,9 +226,6 @@ def _check_values(
             f"top_k_index holds the negative id {int(ids.min())}; "
             f"ids run from 0 to {num_experts - 1}"
         )
-    routed = int((ids < num_experts).sum())
-    if num_rows is not None and routed > num_rows:
-        raise ValueError(f"num_rows is {num_rows}, but {routed} ids have an expert here")
     weighted = (ids >= num_experts) & (weights != 0)
     if bool(weighted.any()):
         raise ValueError(

@@ -39,21 +39,19 @@ def _op(schema: str, fake: Callable) -> Callable:
     return register
 
 
-def _fake_route(ids, num_experts, block_m, num_rows):
+def _fake_route(ids, num_experts, block_m):
     slots = ids.numel()
-    rows = slots if num_rows is None else num_rows
-    tiles = max_tiles(rows, num_experts, block_m) if block_m else 0
-    shapes = ((rows,), (slots,), (num_experts + 1,), (tiles, 2), (1,))
+    tiles = max_tiles(slots, num_experts, block_m) if block_m else 0
+    shapes = ((slots,), (slots,), (num_experts + 1,), (tiles, 2), (1,))
     return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 @_op(
-    "(Tensor ids, int num_experts, int block_m, SymInt? num_rows)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor ids, int num_experts, int block_m) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_route,
 )
-def route(ids, num_experts, block_m, num_rows):
-    return tuple(_route(ids, num_experts, block_m, num_rows).tensors())
+def route(ids, num_experts, block_m):
+    return tuple(_route(ids, num_experts, block_m).tensors())
 
 
 def _widths(w: Tensor, transposed: bool) -> int:

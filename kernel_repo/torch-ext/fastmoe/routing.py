@@ -8,7 +8,7 @@ by expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +25,7 @@ class Routing:
     belongs to nobody.
     """
 
-    # (S,) row -> slot, or shorter where the caller of `route` knew how many rows there are;
-    # undefined at rows >= offsets[-1]. [1, 0, 2, 3]
-    perm: torch.Tensor
+    perm: torch.Tensor  # (S,) row -> slot; undefined at rows >= offsets[-1]. [1, 0, 2, 3]
     inv_perm: torch.Tensor  # (S,) slot -> row; -1 for a sentinel. [1, 0, 2, -1]
     offsets: torch.Tensor  # (E+1,) first row of each expert, then the number of rows. [0, 1, 3]
     # (M, 2) expert and first row of each tile of block_m rows; Triton only. [[0, 0], [1, 1]]
@@ -40,34 +38,37 @@ class Routing:
     def num_experts(self) -> int:
         return self.offsets.numel() - 1
 
+    def cut(self, num_rows: int) -> Routing:
+        """The same with num_rows = offsets[-1] rows, the sentinels' left out.
+
+        Buffers by row then hold what is in use; fewer rows than that would be memory corruption.
+        """
+        return replace(self, perm=self.perm[:num_rows])
+
     def tensors(self) -> list[torch.Tensor]:
         return [self.perm, self.inv_perm, self.offsets, self.tiles, self.num_tiles]
 
 
-def route(
-    top_k_index: torch.Tensor, num_experts: int, block_m: int = 0, num_rows: int | None = None
-) -> Routing:
+def route(top_k_index: torch.Tensor, num_experts: int, block_m: int = 0) -> Routing:
     """Sort the slots of `top_k_index` (T, K; int32 or int64) by expert, ties in slot order.
 
     There is no host sync. Ids outside [0, num_experts) are sentinels: they get no row.
     `block_m` > 0 also builds the tile map that the Triton kernels walk. A counting sort on GPUs
-    (three launches), `torch.sort` elsewhere. `num_rows`: how many slots have an expert, or a bound
-    on it, where the caller knows; perm and every buffer after it gets so many rows instead of S.
+    (three launches), `torch.sort` elsewhere.
     """
     ids = top_k_index.reshape(-1)
-    rows = ids.numel() if num_rows is None else num_rows
     if block_m and ids.numel():
         from .backends.triton.routing import route_slots
 
-        parts = route_slots(ids, num_experts, block_m, rows, max_tiles(rows, num_experts, block_m))
+        parts = route_slots(ids, num_experts, block_m, max_tiles(ids.numel(), num_experts, block_m))
     else:
-        parts = torch_ops.route_slots(ids, num_experts, rows)
+        parts = torch_ops.route_slots(ids, num_experts)
     return Routing(*parts, block_m=block_m, top_k=top_k_index.shape[1])
 
 
-def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+def max_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     """Upper bound on the tiles of block_m rows.
 
     Every full one, and one partial tile for each expert in use.
     """
-    return num_rows // block_m + min(num_experts, num_rows)
+    return num_slots // block_m + min(num_experts, num_slots)

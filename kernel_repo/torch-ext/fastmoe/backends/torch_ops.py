@@ -21,8 +21,8 @@ if _torch_grouped_mm is None and torch.__version__ >= (2, 9):
 _ALIGNMENT = 16  # bytes; what torch's grouped_mm asks of the strides and pointers of its operands
 
 
-def route_slots(ids: torch.Tensor, num_experts: int, num_rows: int):
-    """perm (num_rows,), inv_perm, offsets and an empty tile map, from the ids (S,) of the slots."""
+def route_slots(ids: torch.Tensor, num_experts: int):
+    """perm, inv_perm, offsets, and an empty tile map, from the ids (S,) of the slots."""
     sentinel = (ids < 0) | (ids >= num_experts)
     experts, perm = torch.sort(ids.masked_fill(sentinel, num_experts), stable=True)
     bounds = torch.arange(num_experts + 1, device=ids.device, dtype=experts.dtype)
@@ -30,7 +30,7 @@ def route_slots(ids: torch.Tensor, num_experts: int, num_rows: int):
     rows = torch.arange(ids.numel(), device=ids.device, dtype=torch.int32)
     inv_perm = torch.empty_like(rows).scatter_(0, perm, rows).masked_fill(sentinel, -1)
     no_tiles = offsets.new_zeros(0, 2)
-    return perm[:num_rows].int(), inv_perm, offsets, no_tiles, offsets.new_zeros(1)
+    return perm.int(), inv_perm, offsets, no_tiles, offsets.new_zeros(1)
 
 
 def up_gate(x, up, up_bias, r, gate, transposed, keep_h):

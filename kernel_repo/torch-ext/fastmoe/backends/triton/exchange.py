@@ -6,6 +6,8 @@ Shapes: as in the host file. A buffer's address on a rank is an integer in peers
 import triton
 import triton.language as tl
 
+NOWHERE = tl.constexpr(2**31 - 1)  # the id of an expert on no rank
+
 
 @triton.jit
 def _published(peers_ptr, rank, offset, LIKE):
@@ -14,27 +16,42 @@ def _published(peers_ptr, rank, offset, LIKE):
     return address.to(tl.pointer_type(LIKE.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["offset", "S", "T", "FIRST"])
+@triton.jit(do_not_specialize=["S", "WRITTEN"])
+def write_routes_kernel(
+    out_ptr, ids_ptr, weights_ptr, S, WRITTEN, TOP_K: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """A token's ids and the bits of its weights; slots from WRITTEN on are for no expert."""
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    exists = slots < WRITTEN
+    ids = tl.load(ids_ptr + slots, mask=exists, other=NOWHERE).to(tl.int32)
+    weights = tl.load(weights_ptr + slots, mask=exists, other=0.0).to(tl.float32)
+    at = out_ptr + (slots // TOP_K).to(tl.int64) * (2 * TOP_K) + slots % TOP_K
+    tl.store(at, ids, mask=slots < S)
+    tl.store(at + TOP_K, weights.to(tl.int32, bitcast=True), mask=slots < S)
+
+
+@triton.jit(do_not_specialize=["S", "T", "FIRST"])
 def pull_routes_kernel(
-    peers_ptr, offset, ids_ptr, weights_ptr, S, T, FIRST, NUM_EXPERTS,
+    peers_ptr, ids_ptr, weights_ptr, S, T, FIRST, NUM_EXPERTS,
     TOP_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Local ids, or the sentinel NUM_EXPERTS with weight 0, and weights of all slots."""
     slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = slots < S
     row, k = slots // TOP_K, slots % TOP_K
-    address = tl.load(peers_ptr + row // T, mask=inside, other=0) + offset
+    address = tl.load(peers_ptr + row // T, mask=inside, other=0)
     at = address.to(tl.pointer_type(tl.int32)) + (row % T).to(tl.int64) * (2 * TOP_K) + k
     local = tl.load(at, mask=inside, other=0) - FIRST
     weight = tl.load(at + TOP_K, mask=inside, other=0).to(tl.float32, bitcast=True)
     here = (local >= 0) & (local < NUM_EXPERTS)
     tl.store(ids_ptr + slots, tl.where(here, local, NUM_EXPERTS), mask=inside)
-    tl.store(weights_ptr + slots, tl.where(here, weight, 0.0), mask=inside)
+    weight = tl.where(here, weight, 0.0).to(weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + slots, weight, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def pull_rows_kernel(
-    peers_ptr, offset, ids_ptr, out_ptr, T, H, NUM_EXPERTS,
+    peers_ptr, ids_ptr, out_ptr, T, H, NUM_EXPERTS,
     TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out[row] = x[row % T] of rank row // T, where the row has an expert here."""
@@ -42,14 +59,14 @@ def pull_rows_kernel(
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=NUM_EXPERTS)
     if tl.min(ids, 0) < NUM_EXPERTS:
-        source = _published(peers_ptr, row // T, offset, out_ptr) + (row % T).to(tl.int64) * H
+        source = _published(peers_ptr, row // T, 0, out_ptr) + (row % T).to(tl.int64) * H
         for h0 in range(0, H, BLOCK_H):
             cols = h0 + tl.arange(0, BLOCK_H)
             value = tl.load(source + cols, mask=cols < H)
             tl.store(out_ptr + row.to(tl.int64) * H + cols, value, mask=cols < H)
 
 
-@triton.jit(do_not_specialize=["FIRST_ROW"])
+@triton.jit(do_not_specialize=["offset", "FIRST_ROW"])
 def pull_sums_kernel(
     peers_ptr, offset, ids_ptr, out_ptr, FIRST_ROW, H, NUM_EXPERTS, TOP_K: tl.constexpr,
     NUM_RANKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -58,7 +75,7 @@ def pull_sums_kernel(
     t = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + t.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=-1)
-    owners = tl.where(ids >= 0, ids // NUM_EXPERTS, NUM_RANKS)
+    owners = tl.where(ids >= 0, ids // NUM_EXPERTS, NUM_RANKS)  # sentinels, too, are on no rank
     for h0 in range(0, H, BLOCK_H):
         cols = h0 + tl.arange(0, BLOCK_H)
         acc = tl.zeros((BLOCK_H,), tl.float32)

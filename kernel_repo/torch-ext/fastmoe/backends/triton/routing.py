@@ -86,13 +86,13 @@ def place_kernel(
         tl.store(tiles_ptr + 2 * m + 1, row, mask=m < num_tiles)
 
 
-def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, num_rows: int, max_tiles: int):
+def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: int):
     """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
     num_slots = ids.numel()
     num_chunks = triton.cdiv(num_slots, _CHUNK)
     block_e = max(_SCAN_COLUMNS, triton.next_power_of_2(num_experts + 1))
     empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
-    counts, perm, inv_perm = empty(num_chunks + 1, block_e), empty(num_rows), empty(num_slots)
+    counts, perm, inv_perm = empty(num_chunks + 1, block_e), empty(num_slots), empty(num_slots)
     offsets, tiles, num_tiles = empty(num_experts + 1), empty(max_tiles, 2), empty(1)
     count_kernel[(num_chunks,)](ids, counts, num_slots, num_experts, _CHUNK, block_e)
     scan_kernel[(block_e // _SCAN_COLUMNS,)](counts, num_chunks, block_e, _SCAN_ROWS, _SCAN_COLUMNS)
