@@ -41,6 +41,7 @@ def train(script, training, model, mixture) -> None:
     from datasets import load_dataset
     from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
+    from ..sequence_parallel import share_batches
     from ..training import ShardedCheckpointMixin
 
     class Trainer(ShardedCheckpointMixin, SFTTrainer):
@@ -52,6 +53,8 @@ def train(script, training, model, mixture) -> None:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     } | training.model_init_kwargs
+    if (layout := training.model_init_kwargs.get("distributed_config")) is not None:
+        share_batches(training, layout.sp_size)
     if mixture.datasets:
         data = get_dataset(mixture)
     else:

@@ -130,8 +130,14 @@ class ShardedCheckpointMixin:
         return {
             "step": self.state.global_step,
             "layout": sizes,
-            "samples_per_step": self.get_total_train_batch_size(self.args),
+            "samples_per_step": self._samples_per_step(),
         }
+
+    def _samples_per_step(self) -> int:
+        """Sequences of one optimizer step, over all ranks; Trainer does not know of our sp_size."""
+        config = getattr(self.model.config, "distributed_config", None)
+        shared = getattr(config, "sp_size", None) or 1
+        return self.get_total_train_batch_size(self.args) // shared
 
     def _note_best(self, run_dir: Path, folder: Path) -> None:
         step = self.state.best_global_step
@@ -164,7 +170,7 @@ class ShardedCheckpointMixin:
         if not self._reads(folder):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         manifest = files.verify(folder)
-        saved, now = manifest["samples_per_step"], self.get_total_train_batch_size(self.args)
+        saved, now = manifest["samples_per_step"], self._samples_per_step()
         if saved != now and not self.args.ignore_data_skip:
             raise ValueError(
                 f"{folder} was saved with {saved} samples per optimizer step and this run takes "

@@ -50,7 +50,7 @@ class Run:
         """One optimizer step; the loss of the whole batch."""
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(3, 128, (SEQUENCES, LENGTH), generator=generator)
-        ids = ids.chunk(self.shares)[self.share]
+        ids = ids.chunk(self.shares)[self.share].to(self.model.device)
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
@@ -60,7 +60,7 @@ class Run:
         if dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()
-        return total
+        return total.cpu()
 
     def parameters(self):
         """Full copies of every parameter."""
@@ -77,7 +77,7 @@ class Run:
 
 def _full(tensor):
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone()
+    return full.detach().to("cpu", copy=True)
 
 
 def _groups(model):
@@ -155,12 +155,15 @@ def in_one_launch(folder, same, others):
     return found
 
 
-def check(results):
+def check(results, exact=True):
+    """exact: whether a step repeats bit for bit, which attention's backward on GPUs need not."""
     for number, found in enumerate(results):
         for saved, layout, drawn_then, extra, drawn, before, after in found:
             pair = f"{saved} -> {layout}"
             assert before[0] == 0.0, f"{pair}: loaded {before}"
-            assert after[0] <= (0.0 if saved == layout else 1e-6), f"{pair}: next step {after}"
+            assert after[0] <= (0.0 if saved == layout and exact else 1e-6), (
+                f"{pair}: next step {after}"
+            )
             if saved == layout:
                 assert extra == {"step": STEPS, "rank": number}
                 assert drawn == drawn_then
@@ -179,6 +182,14 @@ def test_four_ranks_then_two(folder):
     same, others = [("ep2 fsdp4", True)], [("ep2 fsdp4", "tp2 fsdp2")]
     check(run_ranks(4, in_one_launch, folder, same, others))
     check(run_ranks(2, in_one_launch, folder, [], [("ep2 fsdp4", "ep2 fsdp2")]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(folder):
+    same = [("ep2 fsdp2", True), ("tp2 ep2", False)]
+    others = [("tp2 ep2", "fsdp2"), ("ep2 fsdp2", "tp2")]
+    check(run_ranks(2, in_one_launch, folder, same, others, backend="nccl"), exact=False)
 
 
 @pytest.mark.grid

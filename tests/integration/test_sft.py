@@ -178,6 +178,17 @@ def test_a_resumed_run_is_the_one_that_never_stopped(place, two_ranks):
     assert all(torch.equal(resumed[name], value) for name, value in two_ranks[1].items())
 
 
+@pytest.mark.grid
+def test_resumed_with_shared_sequences(place, two_ranks):
+    """In another layout: two ranks that share every sequence, so with the batch of both."""
+    checkpoint = place / "ep" / "checkpoint-1"
+    more = ("--sp_size", "2", "--per_device_train_batch_size", "4")
+    found, resumed = torchrun(place, "shared", *more, "--resume_from_checkpoint", str(checkpoint))
+    assert losses(found) == pytest.approx(losses(two_ranks[0]), abs=1e-5)
+    for name, value in two_ranks[1].items():
+        torch.testing.assert_close(resumed[name], value, atol=2e-5, rtol=0, msg=name)
+
+
 @pytest.fixture
 def checkpoint(place, tmp_path):
     """A folder like one that a Trainer's rank saved, the newest of two in its output_dir."""
