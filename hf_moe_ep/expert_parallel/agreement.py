@@ -142,7 +142,7 @@ class Board:
 
 @cache
 def shared_board(group: ProcessGroup) -> Board | None:
-    """The group's board; None where its processes do not share memory. Collective, the first time."""
+    """The group's board, None where its processes share no memory. Collective, the first time."""
     host = host_group(group)
     n, me = dist.get_world_size(host), dist.get_rank(host)
     path = None

@@ -82,6 +82,7 @@ class Gate:
         """The gate and up parts of h (S, 2I), views of (S, I) each."""
         return (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
 
+    @lru_cache(maxsize=64)  # noqa: B019 - gates are few, small and hashable
     def spec(self) -> str:
         """One string that `from_spec` turns back into this gate.
 

@@ -54,6 +54,7 @@ def bucket(num_slots: int, num_experts: int) -> int:
     return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
 
 
+@lru_cache(maxsize=256)
 def gemm_config(
     kernel: str, device: torch.device, dtype: torch.dtype, rows: int, wide: bool = False
 ) -> GemmConfig:
