@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 def pad_inputs(args: tuple, kwargs: dict, n: int, name: str) -> tuple[dict, int]:
     """Keyword arguments of a decoder, padded to a multiple of `n` tokens, and S before padding.
 
-    Padding is behind the last token and, where there is a mask, masked, so no token sees it. A
-    packed row's last sequence grows by it. No cache is kept: `use_cache` is False in the result.
+    Padding is behind the last token, where no token of a causal model sees it; a packed row's last
+    sequence grows by it. No cache is kept: `use_cache` is False in the result.
 
     Raises:
         ValueError: a cache (generation), or padding where the mask is not a 2D one. `name` says
@@ -38,7 +38,8 @@ def pad_inputs(args: tuple, kwargs: dict, n: int, name: str) -> tuple[dict, int]
                 f"{length} tokens are no multiple of {name}={n}, and the attention mask is not a "
                 "2D tensor that can be padded; pad the batch to a multiple"
             )
-        kwargs["attention_mask"] = pad(mask, (0, extra))
+        # Ones: no real token sees what comes after it, and a mask without zeros costs nothing.
+        kwargs["attention_mask"] = pad(mask, (0, extra), value=1)
     if (positions := kwargs.get("position_ids")) is not None:
         more = torch.arange(1, extra + 1, device=positions.device)
         kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + more], -1)
