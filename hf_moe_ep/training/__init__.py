@@ -1,20 +1,29 @@
 """Trainer and TRL glue, and helpers for training loops of your own."""
 
+from .callbacks import register
 from .checkpoint import CheckpointSaver, load_checkpoint, save_checkpoint
 from .checkpoint_export import export_checkpoint, export_model
 from .checkpoint_trainer import ShardedCheckpointMixin
 from .devices import DevicePeak, peak_tflops
+from .finite import FiniteCheck, FiniteCheckCallback
 from .flops import AttentionTerm, FlopCount, count_flops
 from .gradients import clip_grad_norm_, param_groups
-from .telemetry import MoETelemetryCallback, batch_replicas, register
+from .losses import GlobalRouterLossCallback, RouterLossCallback
+from .telemetry import MoETelemetryCallback, batch_replicas
+from .token_counts import TokenCountCallback
 
 __all__ = [
     "AttentionTerm",
     "CheckpointSaver",
     "DevicePeak",
+    "FiniteCheck",
+    "FiniteCheckCallback",
     "FlopCount",
+    "GlobalRouterLossCallback",
     "MoETelemetryCallback",
+    "RouterLossCallback",
     "ShardedCheckpointMixin",
+    "TokenCountCallback",
     "batch_replicas",
     "clip_grad_norm_",
     "count_flops",

@@ -1,0 +1,197 @@
+"""Whether training in bf16 with expert parallelism stays finite and follows fp32 master weights.
+
+    torchrun --nproc-per-node 2 -m benchmarks.stability
+
+Two runs from the same weights on the same text, --steps each, with FiniteCheck in every step: all
+in bf16, then with fp32 weights and optimizer state (bf16 compute, FSDP2's mixed precision). Also
+times the check. Qwen3-30B-A3B's layers, --layers of them; a token is a byte of Python's manual.
+Fails (exit 1) on a value that is not finite, or where the losses of the first steps differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from hf_moe_ep import DistributedConfig
+from hf_moe_ep.cli.demo.data import documents
+from hf_moe_ep.training import FiniteCheck, clip_grad_norm_, param_groups
+
+from .environment import describe
+from .timing import synchronize
+
+BYTES = 256
+START = 20  # steps over which the two runs have to agree
+AGREE = 0.02  # relative difference of their mean losses there
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        if dist.get_rank() == 0:
+            _save_model(shared[0], args, device)
+        dist.barrier()
+        rows = [_run(shared[0], name, args, device) for name in ("bf16", "fp32 master")]
+        dist.barrier()
+    early = [statistics.mean(row["loss"][:START]) for row in rows]
+    difference = abs(early[0] - early[1]) / early[1]
+    wrong = any("not_finite" in row for row in rows) or difference > AGREE
+    launch = ["torchrun", "--nproc-per-node", str(dist.get_world_size())]
+    command = shlex.join([*launch, "-m", "benchmarks.stability", *argv])
+    result = {
+        "benchmark": "stability",
+        "ranks": dist.get_world_size(),
+        "layers": args.layers,
+        "tokens_per_rank": args.tokens,
+        "lr": args.lr,
+        "first_steps_differ_by": difference,
+        "last_steps_differ_by": _last_difference(rows),
+        "rows": rows,
+        "environment": describe(device, command, args.commit),
+    }
+    if dist.get_rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"stability{dist.get_world_size()}-{device.type}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        for row in rows:
+            print({k: v for k, v in row.items() if k not in ("loss", "gradient_norm")})
+        print(f"first steps differ by {difference:.2%}; {path}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(wrong)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stability", allow_abbrev=False, description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of each rank, one row")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--ep_implementation", default="auto")
+    parser.add_argument("--small", action="store_true", help="tiny layers, to try the benchmark")
+    parser.add_argument("--commit", help="for the record, where git cannot tell")
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    return parser
+
+
+def _save_model(folder: str, args: argparse.Namespace, device: torch.device) -> None:
+    sizes = dict(hidden_size=2048, moe_intermediate_size=768, num_attention_heads=32)
+    sizes |= dict(num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8)
+    if args.small:
+        sizes = dict(hidden_size=32, moe_intermediate_size=24, num_attention_heads=4)
+        sizes |= dict(num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(
+        **sizes,
+        vocab_size=BYTES,
+        num_hidden_layers=args.layers,
+        max_position_embeddings=args.tokens,
+        rope_theta=1e6,
+        output_router_logits=True,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def _run(folder: str, name: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """One training run; the row of the result, the same on every rank but for the times."""
+    world = dist.get_world_size()
+    master = name == "fp32 master"
+    layout = DistributedConfig(
+        fsdp_size=world,
+        ep_size=world,
+        ep_implementation=args.ep_implementation,
+        fsdp_mixed_precision=master,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        experts_implementation="fastmoe",
+        distributed_config=layout,
+        dtype=torch.float32 if master else torch.bfloat16,
+    ).train()
+    optimizer = torch.optim.AdamW(
+        param_groups(model, 0.01, lr=args.lr), fused=device.type == "cuda"
+    )
+    check = FiniteCheck(model, optimizer, every=10)
+    text = torch.tensor(list("\n".join(documents()).encode()))
+    starts = torch.Generator().manual_seed(dist.get_rank())
+    losses, norms, seconds = [], [], []
+    row: dict = {"run": name}
+    for _ in range(args.steps):
+        at = int(torch.randint(len(text) - args.tokens, (), generator=starts))
+        ids = text[at : at + args.tokens].unsqueeze(0).to(device)
+        synchronize(device)
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        check.gradients()
+        norms.append(clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        try:
+            check.values()
+        except FloatingPointError as error:
+            row["not_finite"] = str(error)
+            break
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        mean = loss.detach().float()
+        dist.all_reduce(mean)
+        losses.append(mean / world)
+        optimizer.zero_grad()
+    row |= {"loss": torch.stack(losses).tolist(), "gradient_norm": torch.stack(norms).tolist()}
+    row |= _check_cost(model, check, device, statistics.median(seconds))
+    del model, optimizer, check
+    gc.collect()
+    if device.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return row
+
+
+def _check_cost(model, check: FiniteCheck, device: torch.device, step_s: float) -> dict:
+    """Milliseconds of both checks of a step, and their share of it; without the interval's wait."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    check.every = 10**9
+    times = []
+    for _ in range(12):
+        synchronize(device)
+        start = time.perf_counter()
+        check.gradients()
+        check.values()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    cost = statistics.median(times[2:])
+    return {"step_ms": step_s * 1e3, "check_ms": cost * 1e3, "check_share": cost / step_s}
+
+
+def _last_difference(rows: list[dict]) -> float:
+    ours, master = (statistics.mean(row["loss"][-START:]) for row in rows)
+    return abs(ours - master) / master
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))
