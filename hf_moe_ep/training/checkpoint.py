@@ -170,14 +170,21 @@ def load_checkpoint(
 def load_model(folder: Path, model: nn.Module) -> None:
     """Loads the weights of a verified checkpoint into `model`, keeping its layout. Collective."""
     reader = HuggingFaceStorageReader(str(folder))
-    set_model_state_dict(model, _load(get_model_state_dict(model), reader))
+    set_model_state_dict(model, _load(_model_state(model), reader), options=_saved_of(model))
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Loads the optimizer of a verified checkpoint, keeping its layout. Collective."""
     state = {OPTIMIZER: _optimizer_state(model, optimizer)}
     state = _load(state, dcp.FileSystemReader(folder / OPTIMIZER))
-    set_optimizer_state_dict(model, optimizer, state[OPTIMIZER], options=BY_NAME)
+    groups = list(enumerate(optimizer.param_groups))
+    empty = [(n, group) for n, group in groups if not group["params"]]  # torch 2.13 fails on them
+    optimizer.param_groups = [group for _, group in groups if group["params"]]
+    try:
+        set_optimizer_state_dict(model, optimizer, state[OPTIMIZER], options=BY_NAME)
+    finally:
+        for n, group in empty:
+            optimizer.param_groups.insert(n, group)
 
 
 def check_match(
@@ -189,7 +196,7 @@ def check_match(
         ValueError: on every rank; names the folder and the first tensor that does not fit.
     """
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    wanted = get_model_state_dict(model)
+    wanted = _model_state(model)
     problems = [f"{folder}: {p}" for p in _differences(wanted, saved, "model")]
     if unknown := [name for name in saved if name not in wanted]:
         problems.append(f"{folder}: {unknown[0]} is not in the model; it is of another model")
@@ -221,12 +228,23 @@ def _differences(wanted: dict, saved: dict, owner: str) -> list[str]:
 
 def _model_part(model: nn.Module, folder: Path) -> tuple[dict, dcp.StorageWriter]:
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
-    return get_model_state_dict(model), writer
+    return _model_state(model), writer
 
 
 def _optimizer_part(model, optimizer, folder: Path) -> tuple[dict, dcp.StorageWriter]:
     writer = dcp.FileSystemWriter(folder / OPTIMIZER)
     return {OPTIMIZER: _optimizer_state(model, optimizer)}, writer
+
+
+def _model_state(model: nn.Module) -> dict:
+    return get_model_state_dict(model, options=_saved_of(model))
+
+
+def _saved_of(model: nn.Module) -> StateDictOptions:
+    """All of a model; with PEFT adapters what is trained, and the rest comes from its own files."""
+    if getattr(model, "peft_config", None):
+        return StateDictOptions(ignore_frozen_params=True, strict=False)
+    return StateDictOptions()
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:

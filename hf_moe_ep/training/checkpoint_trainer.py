@@ -158,7 +158,8 @@ class ShardedCheckpointMixin:
                 files.discard(Path(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.is_distributed_loading_by_transformers or not _is_plain(self.model):
+        adapters = getattr(self.model, "peft_config", None)  # saved in PEFT's own format
+        if not self.is_distributed_loading_by_transformers or adapters:
             return super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         export_model(self.model, folder)
@@ -221,12 +222,3 @@ def check_resumable(folder: str | os.PathLike) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} was not saved by a Trainer")
     TrainerState.load_from_json(str(path))
-
-
-def _is_plain(model: nn.Module) -> bool:
-    """Not wrapped or extended by PEFT, whose adapters are saved in its own format."""
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel) and not getattr(
-        model, "_hf_peft_config_loaded", False
-    )

@@ -1,6 +1,7 @@
 """Checkpoints of sharded runs by the functions for own loops: the next step after loading is the
 one the saved run took, bit for bit in the same layout and to rounding in another."""
 
+import math
 import random
 
 import numpy as np
@@ -22,10 +23,11 @@ LAYOUTS = {
     "tp2": dict(tp_size=2),
     "tp2 ep2": dict(tp_size=2, ep_size=2),
     "fsdp4": dict(fsdp_size=4),
-    "ep2 fsdp4": dict(fsdp_size=4, ep_size=2),  # experts sharded over ep and over efsdp
+    "ep2 fsdp4": dict(fsdp_size=4, ep_size=2),  # 6 experts: 3 a rank of ep; 2 and 1 over efsdp
     "tp2 fsdp2": dict(tp_size=2, fsdp_size=2),
     "tp2 fsdp2 ep2": dict(tp_size=2, fsdp_size=2, ep_size=2),
     "tp2 fsdp2 ep4": dict(tp_size=2, fsdp_size=2, ep_size=4),
+    "replicas2 ep2 fsdp2": dict(dp_replicate_size=2, fsdp_size=2, ep_size=2),
     "one process": None,
 }
 
@@ -140,8 +142,17 @@ def largest_error(got, want):
 
 @pytest.fixture
 def folder(tmp_path):
-    families.tiny_model(families.family("qwen3_moe")).save_pretrained(tmp_path / "model")
+    write_model(tmp_path, experts=6)
     return tmp_path
+
+
+def write_model(folder, experts):
+    family = families.family("qwen3_moe")
+    config = families.tiny_config(family)
+    config.num_experts = experts
+    model = families.model_class(family)._from_config(config)
+    families.randomise(model)
+    model.save_pretrained(folder / "model")
 
 
 def in_one_launch(folder, same, others):
@@ -193,11 +204,13 @@ def test_two_gpus(folder):
 
 
 @pytest.mark.grid
-def test_every_pair(folder):
+def test_every_pair(tmp_path):
     """Every layout of two and of four ranks, saved and loaded in every other; and one process."""
+    folder = tmp_path
+    write_model(folder, experts=8)  # transformers 5.23 cannot load 6 on fsdp4: the last has none
     two = [name for name, sizes in LAYOUTS.items() if sizes and _ranks(sizes) == 2]
     four = [name for name, sizes in LAYOUTS.items() if sizes and _ranks(sizes) == 4]
-    assert len(two) == 4 and len(four) == 5
+    assert len(two) == 4 and len(four) == 6
 
     def into(layouts):
         return [(a, b) for a in (*four, *two, "one process") for b in layouts if a != b]
@@ -210,4 +223,5 @@ def test_every_pair(folder):
 
 
 def _ranks(sizes):
-    return sizes.get("tp_size", 1) * sizes.get("fsdp_size", 1)
+    names = ("dp_replicate_size", "fsdp_size", "tp_size")
+    return math.prod(sizes.get(name, 1) for name in names)

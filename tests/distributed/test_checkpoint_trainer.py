@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -96,6 +97,22 @@ def stop_and_resume(folder):
     return resumed.state.global_step
 
 
+class LoraTrainer(ShardedTrainer):
+    def __init__(self, model, **kwargs):
+        torch.manual_seed(0)
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        super().__init__(model=get_peft_model(model, lora), **kwargs)
+
+
+def stop_and_resume_lora(folder):
+    whole = trainer(folder / "model", folder / "lora-whole", cls=LoraTrainer)
+    whole.train()
+    trainer(folder / "model", folder / "lora", stop=STOP, cls=LoraTrainer).train()
+    resumed = trainer(folder / "model", folder / "lora", cls=LoraTrainer)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+
+
 def refused(folder, name, **changes):
     """What resuming from `name` says, with nothing trained."""
     run = trainer(folder / "model", folder / "refused", **changes)
@@ -107,6 +124,7 @@ def refused(folder, name, **changes):
 
 def all_in_one_launch(folder):
     step = stop_and_resume(folder)
+    stop_and_resume_lora(folder)
     if dist.get_rank() == 0:
         shutil.copytree(folder / "parts/checkpoint-4", folder / "damaged")
         flip_a_byte(folder / "damaged" / DAMAGED)
@@ -144,6 +162,9 @@ def test_a_stop_changes_nothing(folder):
     manifest = read_manifest(folder / "parts/checkpoint-4")
     assert manifest["layout"]["ep_size"] == 2
     assert (manifest["step"], manifest["samples_per_step"], manifest["world_size"]) == (4, 4, 2)
+    # With adapters, the frozen weights are not in it.
+    sizes = read_manifest(folder / "lora/checkpoint-4")["files"]
+    assert sizes[DAMAGED]["bytes"] < manifest["files"][DAMAGED]["bytes"] / 4
     # The checkpoint and the export load like any model, and are the same one.
     one = AutoModelForCausalLM.from_pretrained(folder / "parts/checkpoint-4").state_dict()
     two = AutoModelForCausalLM.from_pretrained(folder / "exported").state_dict()
