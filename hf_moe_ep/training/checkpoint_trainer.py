@@ -116,6 +116,9 @@ class ShardedCheckpointMixin:
 
     def _save_without_weights(self, folder: Path) -> None:
         """Config, tokenizer and arguments, so that `from_pretrained(folder)` works."""
+        if not getattr(self.model, "peft_config", None):
+            name = type(self.model).__name__.removeprefix("FSDP")  # fully_shard puts it there
+            self.model.config.architectures = [name]
         self.model.config.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)

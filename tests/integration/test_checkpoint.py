@@ -1,12 +1,14 @@
 """Checkpoints in one process: what is refused, by which file, and the export in the hub's names."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from hf_moe_ep.cli import __main__ as cli
 from hf_moe_ep.training import export_checkpoint, export_model, load_checkpoint, save_checkpoint
 from tests import families
 
@@ -118,3 +120,20 @@ def test_export_in_several_files(tmp_path, saved):
     model.config.save_pretrained(out)
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+
+
+def test_export_command(tmp_path, saved, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["export", str(saved), str(out)]) == 2
+    assert f"{saved / 'config.json'} is missing" in capsys.readouterr().err
+    model = tiny()
+    load_checkpoint(saved, model)
+    model.save_pretrained(tmp_path / "want")
+    shutil.copy(tmp_path / "want/config.json", saved)
+    assert cli.main(["export", str(saved), str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    want, got = tensors_in(tmp_path / "want"), tensors_in(out)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    assert cli.main(["export", str(tmp_path / "want"), str(out)]) == 2
+    assert "manifest.json does not exist" in capsys.readouterr().err
