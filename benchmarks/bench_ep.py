@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from . import gate, report
 from .environment import describe
 from .problems import TRAINING, Inputs, Problem, make_inputs
-from .timing import ColdCache, _cpu_round, _cuda_round, memory_of_step, spread, synchronize
+from .timing import ColdCache, interleave, memory_of_step, synchronize
 
 TRANSFORMERS = "transformers"
 SINGLE = "one GPU"  # our own layer without EP on as many (token, expert) pairs and experts
@@ -39,7 +40,7 @@ class Bench:
 
     device: torch.device
     dtype: torch.dtype
-    rounds: int
+    seconds: float  # for the rounds of one quantity
     mesh: object  # (ep, tp) with tp of size 1
 
     @property
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(), 1), mesh_dim_names=("ep", "tp"))
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    bench = Bench(device, dtype, args.rounds, mesh)
+    bench = Bench(device, dtype, args.seconds, mesh)
     base = TRAINING[0] if on_gpu else Problem("cpu-small", 64, 64, 32, 8, 2)
     counts = [int(t) for t in args.tokens.split(",")] if args.tokens else None
     rows = []
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ways", default="symmetric,gather,rows" if torch.cuda.is_available() else "gather,rows"
     )
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for one quantity's rounds")
     parser.add_argument("--commit", help="for the record, where git cannot tell")
     parser.add_argument("--out", type=Path, default=Path("bench_output"))
     return parser
@@ -108,8 +109,9 @@ def train(bench: Bench, p: Problem, ways: list[str]) -> list[dict]:
     found = _errors(bench, p, inputs, layers)
     rows = {name: _row(p, name) for name in layers}
     for way in ways:
-        if wrong := gate.objections(found[way], found[TRANSFORMERS], bench.dtype):
+        if wrong := _objections(found[way], found[TRANSFORMERS], bench):
             rows[way]["wrong"] = wrong
+            del layers[way]
     inputs.up = inputs.down = None
     del full_up, full_down
     layers[SINGLE] = _single(bench, p)
@@ -118,7 +120,7 @@ def train(bench: Bench, p: Problem, ways: list[str]) -> list[dict]:
     forwards = {name: _forward(layer, inputs) for name, layer in layers.items()}
     for quantity, calls in (("step", steps), ("forward", forwards)):
         for name, times in _interleaved(calls, bench).items():
-            rows[name][quantity] = asdict(spread(times))
+            rows[name][quantity] = times
     for name, layer in layers.items():
         rows[name] |= _memory(layer, inputs, bench) | _waits(steps[name], forwards[name], bench)
     return list(rows.values())
@@ -134,24 +136,34 @@ def decode(bench: Bench, p: Problem, ways: list[str]) -> list[dict]:
         for way in ways
         if way != "rows"  # its split sizes are read on the host
     }
-    layers[SINGLE] = _single(bench, p)
-    rows, graphs = {name: _row(p, name) for name in layers}, {}
+    rows = {name: _row(p, name) for name in (*layers, SINGLE)}
+    want = gate.reference(inputs, gradients=False)
+    baseline = _layer(bench, p, inputs.up, inputs.down, "grouped_mm", "all_to_all")
+    args = (inputs.x, inputs.top_k_index, inputs.top_k_weights)
+    graphs, outputs = {}, {}
     with torch.no_grad():
+        allowed = gate.errors({gate.OUTPUT: baseline(*args)}, want)
         for name, layer in layers.items():
-            graphs[name] = _captured(layer, inputs)
+            graphs[name], outputs[name] = _captured(layer, args)
+        graphs[SINGLE], _ = _captured(_single(bench, p), args)
+    for name, output in outputs.items():
+        output.fill_(float("nan"))
+        graphs[name].replay()
+        if wrong := _objections(gate.errors({gate.OUTPUT: output}, want), allowed, bench):
+            rows[name]["wrong"] = wrong
     for name, times in _interleaved({n: g.replay for n, g in graphs.items()}, bench).items():
-        rows[name]["graph"] = asdict(spread(times))
+        rows[name]["graph"] = times
     return list(rows.values())
 
 
-def _captured(layer: nn.Module, inputs: Inputs) -> torch.cuda.CUDAGraph:
+def _captured(layer: nn.Module, args: tuple) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     for _ in range(3):
-        layer(inputs.x, inputs.top_k_index, inputs.top_k_weights)
+        layer(*args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer(inputs.x, inputs.top_k_index, inputs.top_k_weights)
-    return graph
+        output = layer(*args)
+    return graph, output
 
 
 def _row(p: Problem, name: str) -> dict:
@@ -185,8 +197,9 @@ def _layer(
     mine = slice(dist.get_rank() * count, (dist.get_rank() + 1) * count)
     module.gate_up_proj = nn.Parameter(up[mine].clone())
     module.down_proj = nn.Parameter(down[mine].clone())
-    os.environ["HF_MOE_EP_EXCHANGE"] = way
-    module.forward = EPImplementationInterface()[ep](module, bench.mesh["ep"], bench.mesh["tp"])
+    with mock.patch.dict(os.environ, {"HF_MOE_EP_EXCHANGE": way}):
+        ep_class = EPImplementationInterface()[ep]
+        module.forward = ep_class(module, bench.mesh["ep"], bench.mesh["tp"])
     return module
 
 
@@ -222,6 +235,13 @@ def _errors(bench: Bench, p: Problem, inputs: Inputs, layers: dict) -> dict:
     return found
 
 
+def _objections(mine: dict, theirs: dict, bench: Bench) -> list[str]:
+    """What any rank has against `mine`."""
+    everyone = [None] * bench.ranks
+    dist.all_gather_object(everyone, gate.objections(mine, theirs, bench.dtype))
+    return [f"rank {r}: {line}" for r, lines in enumerate(everyone) for line in lines]
+
+
 def _leaves(layer: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [inputs.x, inputs.top_k_weights, layer.gate_up_proj, layer.down_proj]
 
@@ -246,25 +266,21 @@ def _forward(layer: nn.Module, inputs: Inputs) -> Callable[[], None]:
     return forward
 
 
-def _interleaved(calls: dict[str, Callable], bench: Bench) -> dict[str, list[float]]:
-    """Milliseconds of every round, those of the slowest rank, all ranks starting together."""
+def _interleaved(calls: dict[str, Callable], bench: Bench) -> dict[str, dict]:
+    """Times of the slowest rank, all ranks starting together."""
     cold, flag = ColdCache(bench.device), torch.zeros(1, device=bench.device)
 
     def before():
         cold()
         dist.all_reduce(flag)
 
-    one_round = _cuda_round if bench.device.type == "cuda" else _cpu_round
-    names, times = list(calls), {name: [] for name in calls}
-    for index in range(bench.rounds + 3):
-        first = index % len(names)
-        order = names[first:] + names[:first]
-        ms = torch.tensor(one_round([calls[n] for n in order], before), device=bench.device)
-        dist.all_reduce(ms, dist.ReduceOp.MAX)
-        if index >= 3:  # the first rounds compile and warm up
-            for name, value in zip(order, ms.tolist(), strict=True):
-                times[name].append(value)
-    return times
+    def slowest(times: list[float]) -> list[float]:
+        every = torch.tensor(times, device=bench.device)
+        dist.all_reduce(every, dist.ReduceOp.MAX)
+        return every.tolist()
+
+    spreads = interleave(calls, bench.device, bench.seconds, before, slowest)
+    return {name: asdict(times) for name, times in spreads.items()}
 
 
 def _memory(layer: nn.Module, inputs: Inputs, bench: Bench) -> dict:

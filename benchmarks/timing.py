@@ -104,12 +104,14 @@ def interleave(
     device: torch.device,
     seconds: float,
     before: Callable[[], None] | None = None,
+    agree: Callable[[list[float]], list[float]] = lambda times: times,
 ) -> dict[str, Spread]:
     """Round-robin over `calls` for about `seconds`, at least 10 and at most 200 rounds.
 
     Each round starts with another of the calls, so that none always follows the same neighbour. Two
     rounds of warm-up come first. `before` runs before every call, outside the measured time; by
-    default it clears the L2 cache.
+    default it clears the L2 cache. `agree` makes the times of several processes one, so that all
+    run the same rounds.
     """
     before = before or ColdCache(device)
     one_round = _cuda_round if device.type == "cuda" else _cpu_round
@@ -117,13 +119,14 @@ def interleave(
     one_round(list(calls.values()), before)
     started = time.perf_counter()
     one_round(list(calls.values()), before)
-    round_s = time.perf_counter() - started
+    (round_s,) = agree([time.perf_counter() - started])
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / round_s)))
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         first = index % len(names)
         order = names[first:] + names[:first]
-        for name, ms in zip(order, one_round([calls[n] for n in order], before), strict=True):
+        round_ms = agree(one_round([calls[n] for n in order], before))
+        for name, ms in zip(order, round_ms, strict=True):
             times[name].append(ms)
     return {name: spread(ms) for name, ms in times.items()}
 

@@ -19,6 +19,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and _HAS_TRITON
 
 
 @torch.compiler.assume_constant_result
+@lru_cache
 def _gpu_served(index: int) -> bool:
     if not _HAS_TRITON:
         return False

@@ -10,7 +10,15 @@ weights per slot (S,).
 import triton
 import triton.language as tl
 
-from .gemm import halves, load_gate_up_weight, load_rows, load_weight, row_pointers, tile_of
+from .gemm import (
+    halves,
+    load_gate_up_weight,
+    load_rows,
+    load_weight,
+    multiply_add,
+    row_pointers,
+    tile_of,
+)
 
 
 @triton.jit
@@ -99,7 +107,7 @@ def up_gate_kernel(
                 )
             else:
                 w_k = load_weight(w, e, jn * WIDE, k0, U, K, WIDE, BLOCK_K, TMA_W, TRANSPOSED)
-            acc = tl.dot(x_k, w_k, acc, input_precision=PRECISION)
+            acc = multiply_add(x_k, w_k, acc, PRECISION)
         j = tl.arange(0, WIDE)
         if GATED and not INTERLEAVED:
             wide = jn * BLOCK_N + j % BLOCK_N + (j // BLOCK_N) * I
@@ -213,7 +221,7 @@ def gate_backward_kernel(
         for k0 in range(0, K, BLOCK_K):
             g_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
             w_k = load_weight(w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
-            d = tl.dot(g_k, w_k, d, input_precision=PRECISION)
+            d = multiply_add(g_k, w_k, d, PRECISION)
         slots = tl.load(perm_ptr + rows, mask=exists, other=0)
         s = tl.load(weights_ptr + slots, mask=exists, other=0.0).to(tl.float32)
         writes = rows < tl.where(end == total, S, end)

@@ -7,6 +7,8 @@ transposed (E, Q, P).
 import triton
 import triton.language as tl
 
+from .gemm import multiply_add
+
 
 @triton.jit
 def weight_grad_kernel(
@@ -51,7 +53,7 @@ def weight_grad_kernel(
                 b = tl.load(at, mask=exists[:, None], other=0.0)
             else:
                 b = tl.load(at, mask=exists[:, None] & (cols_q < Q)[None, :], other=0.0)
-            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+            acc = multiply_add(a.T, b, acc, PRECISION)
         at = (
             out_ptr
             + e.to(tl.int64) * P * Q
