@@ -228,7 +228,18 @@ def _differences(wanted: dict, saved: dict, owner: str) -> list[str]:
 
 def _model_part(model: nn.Module, folder: Path) -> tuple[dict, dcp.StorageWriter]:
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
-    return _model_state(model), writer
+    return _untied(_model_state(model)), writer
+
+
+def _untied(state: dict) -> dict:
+    """Weights under two names copied for the second: safetensors holds no memory twice."""
+    seen, found = set(), {}
+    for name, value in state.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        tied = local.numel() and local.data_ptr() in seen
+        found[name] = value.clone() if tied else value
+        seen.add(local.data_ptr())
+    return found
 
 
 def _optimizer_part(model, optimizer, folder: Path) -> tuple[dict, dcp.StorageWriter]:

@@ -84,6 +84,26 @@ def test_a_folder_is_written_once(saved):
         save_checkpoint(saved, tiny())
 
 
+def test_tied_weights(tmp_path):
+    model = tiny("qwen3_moe")
+    config = model.config
+    config.tie_word_embeddings = True
+    model = type(model)._from_config(config)
+    families.randomise(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_checkpoint(tmp_path / "saved", model, optimizer_of(model))
+    other = type(model)._from_config(config)
+    load_checkpoint(tmp_path / "saved", other, optimizer_of(other))
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    config.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    model.save_pretrained(tmp_path / "want")
+    export_model(model, tmp_path / "got")
+    assert tensors_in(tmp_path / "want").keys() == tensors_in(tmp_path / "got").keys()
+
+
 def tensors_in(folder):
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -96,7 +116,12 @@ def tensors_in(folder):
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "minimax_m2", "glm4_moe", "jamba"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+OTHERS = [f.name for f in families.tested() if f.name not in FAMILIES]
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.grid) for name in OTHERS)]
+)
 def test_the_export_is_what_save_pretrained_writes(tmp_path, name):
     model = tiny(name)
     model.save_pretrained(tmp_path / "want")
