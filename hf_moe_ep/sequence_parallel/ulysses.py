@@ -42,7 +42,8 @@ def enable_sequence_parallel(model: nn.Module, sp_size: int | None = None) -> nn
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(causal.config, "distributed_config", None)
-    sp_size = sp_size or getattr(config, "sp_size", None) or 1
+    if sp_size is None:
+        sp_size = getattr(config, "sp_size", None) or 1
     _check(causal, sp_size, getattr(config, "tp_size", None) or 1)
     if sp_size == 1:
         return model
@@ -75,6 +76,8 @@ def _check(causal: PreTrainedModel, sp_size: int, tp_size: int) -> None:
             f"{name} has {text.num_attention_heads} attention heads, which sp_size={sp_size} does "
             "not divide"
         )
+    if any(n.endswith("indexer") for n, _ in causal.get_decoder().named_modules()):
+        raise ValueError(f"{name}: its indexer chooses tokens of the whole sequence; use sp_size=1")
     if causal.config._attn_implementation.startswith(PREFIX):
         raise ValueError(f"{name}: enable_sequence_parallel was called before")
 

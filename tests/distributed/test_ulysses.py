@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_moe_ep  # noqa: F401  (registers "fastmoe")
@@ -172,3 +172,73 @@ def test_every_gradient_is_that_of_one_process(tmp_path, world, sp_size, ep_size
     save_references(tmp_path)
     worst = run_ranks(world, partial(worst_errors, tmp_path, sp_size, ep_size), timeout=240)[0]
     assert not {name: error for name, error in worst.items() if not error[1] < BOUND}
+
+
+def recording_attention(module, query, key, value, attention_mask, **kwargs):
+    """A backend like flash attention: no mask, and told about packed sequences by kwargs."""
+    names = ("cu_seq_lens_q", "max_length_q", "position_ids", "scaling")
+    CALLS.append({name: kwargs[name] for name in names})
+    CALLS[-1] |= {
+        "backend": module.config._attn_implementation,
+        "groups": module.num_key_value_groups,
+        "query": query.shape,
+        "key": key.shape,
+    }
+    return query.transpose(1, 2), None
+
+
+CALLS: list[dict] = []
+
+
+def what_a_backend_gets(root) -> dict:
+    AttentionInterface.register("recording", recording_attention)
+    layout = DistributedConfig(fsdp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(
+        root, distributed_config=layout, attn_implementation="recording"
+    )
+    enable_sequence_parallel(model, 2)
+    ends = torch.tensor([0, 4, 10, 13], dtype=torch.int32)
+    more = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 6, "max_length_k": 6}
+    model(**packed(4, 6, 3), **more)
+    return CALLS[0]
+
+
+def test_a_backend_gets_whole_sequences_and_its_share_of_heads(tmp_path):
+    model = make_model(Case((), config={"num_key_value_heads": 1}))
+    model.save_pretrained(tmp_path)
+    call = run_ranks(2, what_a_backend_gets, tmp_path)[1]
+    assert call["backend"] == "recording"
+    assert call["query"] == (1, 2, 14, 8) and call["key"] == (1, 1, 14, 8)
+    assert call["groups"] == 2
+    assert call["cu_seq_lens_q"].tolist() == [0, 4, 10, 14]
+    assert call["max_length_q"] == 7
+    assert call["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
+    assert call["scaling"] == 8**-0.5
+
+
+def refusals(root) -> None:
+    layout = DistributedConfig(fsdp_size=2)
+    for family, config, message in (
+        ("qwen3_moe", {"num_attention_heads": 3, "num_key_value_heads": 3}, "3 attention heads"),
+        ("lfm2_moe", {}, "without transformers' attention interface"),
+    ):
+        model = make_model(Case((), family, config))
+        with pytest.raises(ValueError, match=message):
+            enable_sequence_parallel(model, 2)(**batch(1, 8))
+    folder = root / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout)
+    for size, message in ((0, "give 1 or more"), (3, "does not divide the 2 ranks")):
+        with pytest.raises(ValueError, match=message):
+            enable_sequence_parallel(model, size)
+    enable_sequence_parallel(model, 2)
+    with pytest.raises(ValueError, match="was called before"):
+        enable_sequence_parallel(model, 2)
+    with pytest.raises(ValueError, match="logits_to_keep=1"):
+        model(**batch(1, 8), logits_to_keep=1)
+    with pytest.raises(ValueError, match="cannot generate"):
+        model.generate(**batch(1, 8), max_new_tokens=2)
+
+
+def test_refusals(tmp_path):
+    make_model(Case(())).save_pretrained(tmp_path / "model")
+    run_ranks(2, refusals, tmp_path)
