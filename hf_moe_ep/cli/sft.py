@@ -84,6 +84,8 @@ def prepare(argv: list[str]) -> tuple:
         ValueError: an unknown flag or key, a layout that cannot run, or a checkpoint that cannot
             be resumed from; the message names it.
     """
+    from ..training.deepspeed import refuse_autoep
+
     parser = make_parser()
     argv = refuse_unknown(parser, argv)
     script, training, model, mixture, ours = parser.parse_args_and_config(argv)
@@ -95,6 +97,7 @@ def prepare(argv: list[str]) -> tuple:
             "--dataset_name is missing; give a hub name, a folder or a file, or `datasets:` in a "
             "--config file"
         )
+    refuse_autoep(training.deepspeed)
     set_model_init_kwargs(training, model, ours)
     find_checkpoint(training)
     add_telemetry(training)
@@ -249,12 +252,14 @@ def find_checkpoint(training) -> None:
 
 
 def add_telemetry(training) -> None:
-    """Puts MoETelemetryCallback before the reporters that the user chose."""
-    from ..training import telemetry
+    """Puts MoETelemetryCallback before the reporters that the user chose, and makes our other
+    callbacks known by name; tokens, if they are counted, count once for ranks that share them."""
+    from ..training import callbacks, telemetry
 
-    telemetry.register()
-    others = [name for name in training.report_to if name != telemetry.REPORT_NAME]
-    training.report_to = [telemetry.REPORT_NAME, *others]
+    callbacks.register()
+    counts = [] if training.include_num_input_tokens_seen == "no" else ["token_counts"]
+    others = [n for n in training.report_to if n not in (telemetry.REPORT_NAME, "token_counts")]
+    training.report_to = [telemetry.REPORT_NAME, *counts, *others]
 
 
 if __name__ == "__main__":

@@ -59,13 +59,14 @@ class Totals:
 
 
 def batch_replicas(model: nn.Module) -> int:
-    """Ranks that hold the same batch: the size of the tensor-parallel group, 1 without one.
+    """Ranks that are given the same batch: those of a tensor-parallel or a sequence-parallel group.
 
     Sequence parallelism on the tp axis shares the batch of its tp group. Expert and data parallel
     ranks hold batches of their own, and context-parallel ones each a slice of the sequence.
     """
     if (tp_size := getattr(model, "_tp_size", None)) is not None:
-        return tp_size
+        layout = getattr(model.config, "distributed_config", None)
+        return tp_size * (getattr(layout, "sp_size", None) or 1)
     config = AcceleratorState().parallelism_config if is_initialized() else None
     return 1 if config is None else config.tp_size
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import TrainerCallback
 
 from .telemetry import batch_replicas
@@ -20,7 +19,7 @@ class TokenCountCallback(TrainerCallback):
         self._replicas, self._seen = 1, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._replicas = same_batch_ranks(model)
+        self._replicas = batch_replicas(model)
         self._seen = state.num_input_tokens_seen
 
     def on_substep_end(self, args, state, control, **kwargs):
@@ -32,9 +31,3 @@ class TokenCountCallback(TrainerCallback):
     def _correct(self, state) -> None:
         added = state.num_input_tokens_seen - self._seen
         self._seen = state.num_input_tokens_seen = self._seen + added // self._replicas
-
-
-def same_batch_ranks(model: nn.Module) -> int:
-    """Ranks that the data loader gives the same batch: tp_size, times sp_size of our own config."""
-    layout = getattr(getattr(model, "config", None), "distributed_config", None)
-    return batch_replicas(model) * (getattr(layout, "sp_size", None) or 1)

@@ -14,10 +14,10 @@ from hf_moe_ep.training import (
     GlobalRouterLossCallback,
     RouterLossCallback,
     TokenCountCallback,
+    batch_replicas,
     register,
 )
 from hf_moe_ep.training.losses import balance, router_loss_coefficient, routing_sums
-from hf_moe_ep.training.token_counts import same_batch_ranks
 from tests import families
 
 COEFFICIENT = 5.0  # large, so that a wrong weight cannot hide behind the cross-entropy
@@ -228,6 +228,7 @@ def test_tokens_count_once(tmp_path):
 
     class TwoRanks(Trainer):
         def __init__(self, model, *args, **kwargs):
+            model._tp_size = 1
             model.config.distributed_config = DistributedConfig(fsdp_size=2, sp_size=2)
             super().__init__(model, *args, **kwargs)
 
@@ -247,9 +248,9 @@ def test_tokens_count_once(tmp_path):
 
 def test_ranks_that_share_a_batch():
     model = families.tiny_model(families.family("qwen3_moe"))
-    assert same_batch_ranks(model) == 1
+    assert batch_replicas(model) == 1
     model._tp_size = 4
-    assert same_batch_ranks(model) == 4
+    assert batch_replicas(model) == 4
 
 
 def test_callbacks_by_name(tmp_path):

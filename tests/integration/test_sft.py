@@ -433,3 +433,8 @@ def test_a_size_is_given_once(place, monkeypatch):
     assert (ours.ep_size, ours.tp_size) == (4, 2)
     with pytest.raises(ValueError, match="ep_size is 2 .* and 4 as a flag"):
         layout.take_sizes(ours, {"ep_size": 2})
+
+
+def test_tokens_of_shared_batches_count_once(place):
+    _, training, *_ = sft.prepare(arguments(place, "--include_num_input_tokens_seen", "yes"))
+    assert training.report_to == ["moe_telemetry", "token_counts"]
