@@ -160,7 +160,7 @@ def load_checkpoint(
     if optimizer is not None:
         load_optimizer(folder, model, optimizer)
     if scheduler is not None:
-        scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        load_scheduler(folder, scheduler)
     state = torch.load(folder / f"rank_{rank if same else 0}.pt", weights_only=True)
     if same:
         _set_random_state(state["random"])
@@ -185,6 +185,29 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     finally:
         for n, group in empty:
             optimizer.param_groups.insert(n, group)
+
+
+def load_scheduler(folder: Path, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Loads the scheduler of a verified checkpoint.
+
+    Raises:
+        ValueError: this layout makes another number of parameter groups, and not all that were
+            saved have the same learning rate, so that it is open which one a group gets.
+    """
+    path = folder / SCHEDULER
+    state, groups = torch.load(path, weights_only=True), len(scheduler.base_lrs)
+    saved = len(state["base_lrs"])
+    for key in ("base_lrs", "_last_lr", "lr_lambdas"):
+        values = state.get(key, [])
+        if len(values) in (0, groups):
+            continue
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{path}: {saved} parameter groups with {key} {values}, and this layout has "
+                f"{groups}; resume in the layout that was saved, or use one learning rate"
+            )
+        state[key] = values[:1] * groups
+    scheduler.load_state_dict(state)
 
 
 def check_match(

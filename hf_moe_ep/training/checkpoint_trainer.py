@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.distributed import DistributedConfig
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -24,7 +24,14 @@ from transformers.trainer_utils import (
 )
 
 from . import checkpoint_files as files
-from .checkpoint import CheckpointSaver, check_match, load_model, load_optimizer
+from .checkpoint import (
+    SCHEDULER,
+    CheckpointSaver,
+    check_match,
+    load_model,
+    load_optimizer,
+    load_scheduler,
+)
 from .checkpoint_export import export_model
 
 
@@ -102,7 +109,7 @@ class ShardedCheckpointMixin:
         self._save_scaler(str(folder))
         if not self.args.should_save:
             return
-        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
         self._save_without_weights(folder)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -192,8 +199,7 @@ class ShardedCheckpointMixin:
         folder, optimizer = Path(checkpoint), self.optimizer.optimizer
         check_match(folder, self.model, optimizer)
         load_optimizer(folder, self.model, optimizer)
-        scheduler = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        load_scheduler(folder, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._reads(Path(checkpoint)):

@@ -79,6 +79,34 @@ def test_another_model_or_optimizer_is_named(saved):
     assert "holds no optimizer" in refusal(weights, model, optimizer_of(model))
 
 
+@pytest.mark.parametrize("rates", [(0.01, 0.01), (0.01, 0.02)])
+def test_a_scheduler_for_other_groups(tmp_path, rates):
+    """A layout makes a group per mesh: two for one, with one learning rate or with two."""
+
+    def run(*groups):
+        optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups])
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return optimizer, warmup
+
+    model = torch.nn.Linear(3, 3)
+    optimizer, scheduler = run((model.weight, rates[0]), (model.bias, rates[1]))
+    for _ in range(3):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    save_checkpoint(tmp_path / "saved", model, optimizer, scheduler)
+    optimizer.zero_grad()
+    optimizer, scheduler = run(([model.weight, model.bias], 0.5))
+    if rates[0] != rates[1]:
+        with pytest.raises(ValueError, match="2 parameter groups with base_lrs"):
+            load_checkpoint(tmp_path / "saved", model, optimizer, scheduler)
+        return
+    load_checkpoint(tmp_path / "saved", model, optimizer, scheduler)
+    assert scheduler.get_last_lr() == [rates[0] / 4]
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == rates[0] / 5
+
+
 def test_a_folder_is_written_once(saved):
     with pytest.raises(ValueError, match="exists; save to another folder"):
         save_checkpoint(saved, tiny())
