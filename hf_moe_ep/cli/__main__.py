@@ -11,7 +11,9 @@ from ..versions import __version__
 COMMANDS = {
     "demo": "train a small MoE twice, eager and fastmoe, and compare speed and loss curves",
     "sft": "TRL's supervised fine-tuning with fastmoe experts and expert parallelism",
+    "export": "the hub's safetensors from a checkpoint of a sharded run",
     "doctor": "versions, GPU, kernels and layout: what will run here, and what will not",
+    "plan": "layouts of a model on your GPUs: memory, step time, and the command for each",
     "bench": "the experts benchmark on this machine",
 }
 

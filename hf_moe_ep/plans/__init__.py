@@ -12,6 +12,7 @@ from .checks import (
 from .defaults import default_layout
 from .model import experts_modules, meta_model
 from .rules import complete, ep_plan, replicate_plan, sp_plan, tp_plan
+from .shards import local_shapes
 
 __all__ = [
     "Check",
@@ -21,6 +22,7 @@ __all__ = [
     "ep_plan",
     "experts_checks",
     "experts_modules",
+    "local_shapes",
     "meta_model",
     "model_checks",
     "replicate_plan",

@@ -102,11 +102,11 @@ def _merged(own: dict, override: Any) -> dict:
 
 
 def _plan_checks(model: PreTrainedModel, config: Any) -> list[Check]:
-    checks, names = [], names_of(model)
-    for kind in ("tp_plan", "ep_plan", "fsdp_plan"):
-        override = getattr(config, kind)
-        if not isinstance(override, dict):
-            continue
+    checks = []
+    overrides = {kind: getattr(config, kind) for kind in ("tp_plan", "ep_plan", "fsdp_plan")}
+    overrides = {kind: plan for kind, plan in overrides.items() if isinstance(plan, dict)}
+    names = names_of(model) if overrides else set()
+    for kind, override in overrides.items():
         for rule in sorted(override.keys() - names - getattr(model, kind).keys()):
             near = difflib.get_close_matches(rule, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _get_parameter_plan
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as wildcard
@@ -28,17 +27,24 @@ def local_shapes(model: PreTrainedModel, config: Any) -> dict[str, tuple[int, ..
     """
     tp_rules = dict(model.tp_plan, **(config.tp_plan or {})) if config.tp_size > 1 else {}
     ep_rules = dict(model.ep_plan, **(config.ep_plan or {})) if config.ep_size > 1 else {}
-    shapes = {}
-    for name, parameter in model.named_parameters():
+
+    def held(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         expert = _dispatched(name, ep_rules)
         rules = ep_rules if _under(name, ep_rules) else tp_rules
         style = _get_parameter_plan(name, rules, is_weight=True)
         size = config.ep_size if rules is ep_rules else config.tp_size
-        shape = _split(tuple(parameter.shape), name, style, size)
+        shape = _split(shape, name, style, size)
         if shape and config.dp_size > 1:
             shards = config.efsdp_size if expert else config.fsdp_size
             shape = (math.ceil(shape[0] / shards), *shape[1:])
-        shapes[name] = shape
+        return shape
+
+    shapes, known = {}, {}  # layers are alike: each kind is worked out once
+    for name, parameter in model.named_parameters():
+        key = wildcard(name), tuple(parameter.shape)
+        if key not in known:
+            known[key] = held(*key)
+        shapes[name] = known[key]
     return shapes
 
 
@@ -75,11 +81,3 @@ def _split_axis(name: str, shape: tuple[int, ...], style: str) -> int | None:
     if isinstance(rule, EmbeddingParallel):
         return rule.shard_dim
     return 0 if style == "grouped_gemm" else None
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
-
-
-def parameter_module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
