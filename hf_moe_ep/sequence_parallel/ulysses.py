@@ -9,6 +9,7 @@ Shapes: B batch, S tokens, padded inside to a multiple of N, s = S / N tokens of
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,13 +48,16 @@ def enable_sequence_parallel(model: nn.Module, sp_size: int | None = None) -> nn
     _check(causal, sp_size, getattr(config, "tp_size", None) or 1)
     if sp_size == 1:
         return model
-    # Names and sizes of a mesh of our own: a group is sp_size consecutive ranks.
-    mesh = dist.init_device_mesh(
-        causal.device.type, (dist.get_world_size() // sp_size, sp_size), mesh_dim_names=("dp", "sp")
-    )
-    Sequence(mesh.get_group("sp")).attach(model, causal)
+    Sequence(_group(causal.device.type, sp_size)).attach(model, causal)
     causal.config._attn_implementation = register(causal.config._attn_implementation)
     return model
+
+
+@cache
+def _group(device_type: str, sp_size: int) -> dist.ProcessGroup:
+    """This rank and the others of its `sp_size` consecutive ranks; the same for every model."""
+    shape = (dist.get_world_size() // sp_size, sp_size)
+    return dist.init_device_mesh(device_type, shape, mesh_dim_names=("dp", "sp")).get_group("sp")
 
 
 def _check(causal: PreTrainedModel, sp_size: int, tp_size: int) -> None:
@@ -116,7 +120,10 @@ class Sequence:
     def split_labels(self, module: nn.Module, args: tuple, kwargs: dict):
         keep = kwargs.get("logits_to_keep")
         if torch.is_tensor(keep) or keep:
-            raise ValueError(f"logits_to_keep={keep}: with sp_size a rank's logits are its tokens'")
+            raise ValueError(
+                f"logits_to_keep={keep}: a model with sp_size={self.n} cannot generate, and a "
+                "rank's logits are those of its tokens"
+            )
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         self.columns = 0
         if labels is None and shifted is None:

@@ -25,9 +25,8 @@ from tests.distributed.test_ulysses import (
     make_model,
     packed,
     padded,
-    results,
-    share,
-    worst_error,
+    save_references,
+    worst_errors,
 )
 
 # No fused experts in fp64; gpt-oss, without norms in its attention, is held to the bound in fp32.
@@ -61,37 +60,15 @@ def cases(tp_size: int, groups: int) -> dict[str, Case]:
     }
 
 
-def save_references(root, tp_size: int, groups: int) -> None:
-    for number, case in enumerate(cases(tp_size, groups).values()):
-        model = make_model(case)
-        model.save_pretrained(root / str(number))
-        torch.save(sp_plan_for(model), root / str(number) / "plan.pt")
-        torch.save(results(model, case.batches), root / str(number) / "reference.pt")
-
-
-def worst_errors(root, tp_size: int, ep_size: int) -> dict[str, tuple[str, float]]:
-    """Case -> the name with the largest relative error, and that error."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    groups, group = world // tp_size, rank // tp_size
-    worst = {}
-    for number, (name, case) in enumerate(cases(tp_size, groups).items()):
-        folder = root / str(number)
-        layout = DistributedConfig(
-            tp_size=tp_size,
-            fsdp_size=groups,
-            ep_size=ep_size,
-            tp_plan=torch.load(folder / "plan.pt"),
-            ep_implementation="sequence_sharded",
-        )
-        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout, **case.load)
-        if case.checkpointing:
-            model.train()
-            model.activation_checkpointing_enable()
-        got = results(model, [share(inputs, group, groups) for inputs in case.batches])
-        dist.all_reduce(got["loss"])
-        got["loss"] /= world
-        worst[name] = worst_error(got, torch.load(folder / "reference.pt"))
-    return worst
+def load_megatron(tp_size: int, ep_size: int, folder, case: Case):
+    layout = DistributedConfig(
+        tp_size=tp_size,
+        fsdp_size=dist.get_world_size() // tp_size,
+        ep_size=ep_size,
+        tp_plan=sp_plan_for(make_model(case)),
+        ep_implementation="sequence_sharded",
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout, **case.load)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +81,9 @@ def worst_errors(root, tp_size: int, ep_size: int) -> dict[str, tuple[str, float
     ],
 )
 def test_every_gradient_is_that_of_one_process(tmp_path, world, tp_size, ep_size):
-    save_references(tmp_path, tp_size, world // tp_size)
-    worst = run_ranks(world, partial(worst_errors, tmp_path, tp_size, ep_size), timeout=240)[0]
+    chosen = cases(tp_size, world // tp_size)
+    saved = save_references(tmp_path, chosen)
+    load = partial(load_megatron, tp_size, ep_size)
+    worst = run_ranks(world, worst_errors, load, saved, chosen, tp_size, timeout=240)[0]
+    assert worst.keys() == chosen.keys()
     assert not {name: error for name, error in worst.items() if not error[1] < BOUND}

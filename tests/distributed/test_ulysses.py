@@ -6,9 +6,9 @@ held against one process with all rows.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +63,11 @@ class Case:
     checkpointing: bool = False
     dtype: torch.dtype = torch.float32
 
+    @property
+    def model(self) -> str:
+        """Equal for cases that can use the same model."""
+        return str((self.family, self.config, self.load, self.checkpointing, self.dtype))
+
 
 EAGER = {"attn_implementation": "eager"}
 SLIDING = {"sliding_window": 5}
@@ -86,10 +91,9 @@ CASES = {
 
 def make_model(case: Case):
     config = families.tiny_config(families.family(case.family))
-    experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8)  # for ep4
-    for name, value in (
-        {n: v for n, v in experts.items() if hasattr(config, n)} | case.config
-    ).items():
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = {name: 8 for name in names if hasattr(config, name)}  # for ep4
+    for name, value in (experts | case.config).items():
         setattr(config, name, value)
     model_class = families.model_class(families.family(case.family))
     model = model_class._from_config(config, experts_implementation="eager")
@@ -109,11 +113,20 @@ def results(model, batches) -> dict:
     return {"loss": torch.stack(losses).sum()} | gradients
 
 
-def save_references(root) -> None:
-    for number, case in enumerate(CASES.values()):
-        model = make_model(case)
-        model.save_pretrained(root / str(number))
-        torch.save(results(model, case.batches), root / str(number) / "reference.pt")
+def save_references(root, cases: dict[str, Case]) -> list[tuple[Path, list[str]]]:
+    """Folders, each with a model and what one process gets from it in the cases named."""
+    models: dict[str, list[str]] = {}
+    for name, case in cases.items():
+        models.setdefault(case.model, []).append(name)
+    saved = []
+    for names in models.values():
+        model, folder = make_model(cases[names[0]]), root / str(len(saved))
+        model.save_pretrained(folder)
+        torch.save(
+            {name: results(model, cases[name].batches) for name in names}, folder / "reference.pt"
+        )
+        saved.append((folder, names))
+    return saved
 
 
 def share(inputs: dict, group: int, groups: int) -> dict:
@@ -135,26 +148,31 @@ def worst_error(got: dict, want: dict) -> tuple[str, float]:
     return max(errors.items(), key=lambda item: item[1])
 
 
-def worst_errors(root, sp_size: int, ep_size: int) -> dict[str, tuple[str, float]]:
-    """Case -> the name with the largest relative error, and that error."""
+def worst_errors(load, saved, cases: dict[str, Case], shared_by: int) -> dict:
+    """Case -> the name with the largest error relative to one process, and that error.
+
+    `load(folder, case)` gives the sharded model; `shared_by` consecutive ranks see the same rows.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
-    layout = DistributedConfig(fsdp_size=world, ep_size=ep_size)
-    groups, group = world // sp_size, rank // sp_size
+    groups, group = world // shared_by, rank // shared_by
     worst = {}
-    for number, (name, case) in enumerate(CASES.items()):
-        folder = root / str(number)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, distributed_config=copy.deepcopy(layout), **case.load
-        )
-        enable_sequence_parallel(model, sp_size)
-        if case.checkpointing:
+    for folder, names in saved:
+        model, references = load(folder, cases[names[0]]), torch.load(folder / "reference.pt")
+        if cases[names[0]].checkpointing:
             model.train()
             model.activation_checkpointing_enable()
-        got = results(model, [share(inputs, group, groups) for inputs in case.batches])
-        dist.all_reduce(got["loss"])
-        got["loss"] /= world
-        worst[name] = worst_error(got, torch.load(folder / "reference.pt"))
+        for name in names:
+            got = results(model, [share(inputs, group, groups) for inputs in cases[name].batches])
+            dist.all_reduce(got["loss"])
+            got["loss"] /= world
+            worst[name] = worst_error(got, references[name])
     return worst
+
+
+def load_ulysses(sp_size: int, ep_size: int, folder, case: Case):
+    layout = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout, **case.load)
+    return enable_sequence_parallel(model, sp_size)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +187,10 @@ def worst_errors(root, sp_size: int, ep_size: int) -> dict[str, tuple[str, float
     ],
 )
 def test_every_gradient_is_that_of_one_process(tmp_path, world, sp_size, ep_size):
-    save_references(tmp_path)
-    worst = run_ranks(world, partial(worst_errors, tmp_path, sp_size, ep_size), timeout=240)[0]
+    saved = save_references(tmp_path, CASES)
+    load = partial(load_ulysses, sp_size, ep_size)
+    worst = run_ranks(world, worst_errors, load, saved, CASES, sp_size, timeout=240)[0]
+    assert worst.keys() == CASES.keys()
     assert not {name: error for name, error in worst.items() if not error[1] < BOUND}
 
 
