@@ -170,3 +170,10 @@ def test_a_stop_changes_nothing(folder):
     two = AutoModelForCausalLM.from_pretrained(folder / "exported").state_dict()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+    # One process goes on where two were: the same schedule, data and log.
+    changes = dict(sizes=dict(fsdp_size=1), per_device_train_batch_size=2)
+    alone = trainer(folder / "model", folder / "alone", **changes)
+    alone.train(resume_from_checkpoint=str(folder / "parts/checkpoint-3"))
+    rates = [log["learning_rate"] for log in alone.state.log_history if "loss" in log]
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    assert alone.state.global_step == STEPS
