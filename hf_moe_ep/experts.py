@@ -7,6 +7,7 @@ over E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ def fastmoe_experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    routing: fastmoe.Routing | None = None,
+    routing: fastmoe.Routing | Callable | None = None,
 ) -> torch.Tensor:
     """(T, H): the weighted sum of each token's experts. `routing` as in `fused_experts`.
 

@@ -5,8 +5,9 @@ Shapes: x (T, H), ids and weights (T, K), rows (R, H) as in `exchange`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
 
 from ..kernel import get_kernel
 
@@ -18,20 +19,20 @@ FEW_SLOTS = 8192  # up to here buffers for the worst case are small, and nobody 
 class Dispatch(torch.autograd.Function):
     """x and routing weights to the experts; their gradients come back summed over the ranks.
 
-    Gives rows, ids, weights, layout and, with `route`, the routing of the rows for fastmoe.
+    Gives rows, ids, weights, layout and, with `route`, the routing of the rows for fastmoe. `where`
+    goes into the notes of an error in backward.
     """
 
     @staticmethod
-    def forward(ctx, x, weights, ids, exchange, lengths, route):
+    def forward(ctx, x, weights, ids, exchange, lengths, route, where):
         plan = exchange.plan(ids, weights, lengths)
         routing = None
         if route:
-            routing = fastmoe.route_experts(x, plan.ids, exchange.experts, share=len(lengths))
-            count = Count(routing.offsets, plan.ids.numel())
-        rows = plan.layout.send(x)  # meanwhile the count arrives
-        if route:
-            routing = count.cut(routing)
-        ctx.layout = plan.layout
+            routing = Routed(
+                fastmoe.route_experts(x, plan.ids, exchange.experts, share=len(lengths))
+            )
+        rows = plan.layout.send(x)  # meanwhile the number of rows arrives
+        ctx.layout, ctx.where = plan.layout, where
         ctx.mark_non_differentiable(plan.ids)
         if not ctx.needs_input_grad[0]:  # agreed by all ranks: else one would wait for the others
             ctx.mark_non_differentiable(rows)
@@ -40,43 +41,57 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_rows, _d_ids, d_weights, *_):
         need_x, need_weights = ctx.needs_input_grad[:2]
-        sums = ctx.layout.collect(*[d_rows] * need_x, *[d_weights] * need_weights)
+        with noted(f"in backward of {ctx.where}"):
+            sums = ctx.layout.collect(*[d_rows] * need_x, *[d_weights] * need_weights)
         d_x = sums.pop(0) if need_x else None
-        return d_x, sums.pop() if need_weights else None, None, None, None, None
+        return d_x, sums.pop() if need_weights else None, None, None, None, None, None
 
 
 class Combine(torch.autograd.Function):
     """Partial sums (R, H) back to the tokens (T, H); a gradient goes wherever its token went."""
 
     @staticmethod
-    def forward(ctx, rows, layout):
-        ctx.layout = layout
+    def forward(ctx, rows, layout, where):
+        ctx.layout, ctx.where = layout, where
         return layout.collect(rows)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.layout.send(grad.contiguous()), None
+        with noted(f"in backward of {ctx.where}"):
+            return ctx.layout.send(grad.contiguous()), None, None
 
 
-class Count:
-    """The number of routed rows, offsets[-1], on its way to the host.
+@contextmanager
+def noted(where: str):
+    """An exception that passes gets `where` as a note, which its traceback ends with."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(where)
+        raise
+
+
+class Routed:
+    """A routing whose number of rows, offsets[-1], is on its way to the host.
 
     The experts' buffers are fitted to it, where the worst case is as many times larger as there are
     ranks. Not for few slots, nor while a CUDA graph is captured, where nothing can wait.
     """
 
-    def __init__(self, offsets: Tensor, slots: int):
-        on_gpu = offsets.is_cuda
-        self.number = None
-        if slots > FEW_SLOTS and not (on_gpu and torch.cuda.is_current_stream_capturing()):
-            self.number = torch.empty(1, dtype=offsets.dtype, pin_memory=on_gpu)
-            self.number.copy_(offsets[-1:], non_blocking=True)
+    def __init__(self, routing):
+        self.routing, self.number = routing, None
+        on_gpu = routing.offsets.is_cuda
+        if routing.perm.numel() > FEW_SLOTS and not (
+            on_gpu and torch.cuda.is_current_stream_capturing()
+        ):
+            self.number = torch.empty(1, dtype=torch.int32, pin_memory=on_gpu)
+            self.number.copy_(routing.offsets[-1:], non_blocking=True)
             self.arrived = torch.cuda.current_stream().record_event() if on_gpu else None
 
-    def cut(self, routing):
-        """The routing with rows for what is in use only."""
+    def __call__(self):
+        """The routing with rows for what is in use only; waits for their number."""
         if self.number is None:
-            return routing
+            return self.routing
         if self.arrived is not None:
             self.arrived.synchronize()
-        return routing.cut(int(self.number))
+        return self.routing.cut(int(self.number))

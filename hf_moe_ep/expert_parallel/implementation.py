@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed import expert_parallel as upstream
 
 from .agreement import agree
-from .autograd import Combine, Dispatch
+from .autograd import Combine, Dispatch, noted
 from .exchange import Exchange, GatherExchange, NodesExchange, RowsExchange
 from .symmetric import SymmetricExchange, reachable
 
@@ -41,7 +41,8 @@ class FastMoEEP(upstream.EPImplementation):
     may differ, also to zero, and a rank that stopped is named. Sums are in fp32 and in rank order:
     the same inputs give the same bits.
 
-    Raises, when called: what `agree` raises.
+    Raises, when called: what `agree` raises. An error of a collective, in backward too, has the
+    layer and the rank in its notes.
     """
 
     def __init__(self, experts, ep_mesh, tp_mesh):
@@ -49,6 +50,8 @@ class FastMoEEP(upstream.EPImplementation):
         self.config = experts.config
         self.group = ep_mesh.get_group()
         self.layer = next(_layers(self.group))
+        ranks = dist.get_process_group_ranks(self.group)
+        self.where = f"MoE layer {self.layer} on rank {dist.get_rank()} of the EP group {ranks}"
         if self.shares_batch:
             self.shared = upstream.AllReduceEP(experts, ep_mesh, tp_mesh)
         else:
@@ -57,6 +60,10 @@ class FastMoEEP(upstream.EPImplementation):
     @torch.compiler.disable
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H): the weighted sum of each token's experts, wherever they are."""
+        with noted(f"in {self.where}"):
+            return self._call(hidden_states, top_k_index, top_k_weights)
+
+    def _call(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.shares_batch:
             return self.shared(hidden_states, top_k_index, top_k_weights)
         own = (hidden_states, top_k_index, top_k_weights)
@@ -73,7 +80,7 @@ class FastMoEEP(upstream.EPImplementation):
             return x + 0.0 * weights.sum()  # nobody has a token: keep the graph, send nothing
         fastmoe = self.config._experts_implementation == "fastmoe"
         rows, ids, weights, layout, routing = Dispatch.apply(
-            x.contiguous(), weights, ids, self.exchange, lengths, fastmoe
+            x.contiguous(), weights, ids, self.exchange, lengths, fastmoe, self.where
         )
         options = {"routing": routing} if fastmoe else {}
         if not rows.shape[0]:
@@ -82,8 +89,10 @@ class FastMoEEP(upstream.EPImplementation):
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             ids = ids.new_full((1, ids.shape[1]), self.num_local_experts)
             weights = torch.cat([weights, weights.new_zeros(1, weights.shape[1])])
-            return Combine.apply(self.experts_forward(rows, ids, weights)[:0], layout)
-        return Combine.apply(self.experts_forward(rows, ids, weights, **options), layout)
+            return Combine.apply(self.experts_forward(rows, ids, weights)[:0], layout, self.where)
+        return Combine.apply(
+            self.experts_forward(rows, ids, weights, **options), layout, self.where
+        )
 
 
 class AutoEP(upstream.AutoEP):

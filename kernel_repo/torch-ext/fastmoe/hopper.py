@@ -67,9 +67,15 @@ def weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing, transpose_out: boo
 
 
 def _descriptor(matrix: torch.Tensor, block: tuple[int, int]):
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     bind_context(matrix.device)
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block), layout)
+    shape, stride = list(matrix.shape), list(matrix.stride())
+    return TensorDescriptor(matrix, shape, stride, list(block), _tile_layout())
+
+
+@lru_cache
+def _tile_layout():
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -33,7 +33,7 @@ def fused_experts(
     down_bias: Tensor | None = None,
     is_transposed: bool = False,
     post_norm: Callable[[Tensor], Tensor] | None = None,
-    routing: Routing | None = None,
+    routing: Routing | Callable[[], Routing] | None = None,
 ) -> Tensor:
     """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]).
 
@@ -51,7 +51,8 @@ def fused_experts(
         up_bias, down_bias: (E, U) and (E, H).
         post_norm: a function (S, H) -> (S, H) of each expert's output before it is weighted.
         routing: what `route_experts` made of these ids before, so that the caller may know how many
-            rows it has; buffers get as many as its perm instead of T*K.
+            rows it has; buffers get as many as its perm instead of T*K. Or a function that gives
+            it, called when everything else is ready, because it may have to wait for that number.
 
     Returns:
         (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device,
@@ -140,9 +141,12 @@ def route_experts(x: Tensor, top_k_index: Tensor, num_experts: int, share: int =
     return Routing(*ops.route(top_k_index, num_experts, block_m), block_m, top_k_index.shape[1])
 
 
-def _route(x: Tensor, ids: Tensor, num_experts: int, routing: Routing | None):
+def _route(x: Tensor, ids: Tensor, num_experts: int, routing):
     """(block_m, Routing.tensors()); a tile map only where Triton runs."""
-    routing = routing or route_experts(x, ids, num_experts)
+    if callable(routing):
+        routing = routing()
+    elif routing is None:
+        routing = route_experts(x, ids, num_experts)
     return routing.block_m, routing.tensors()
 
 
