@@ -23,9 +23,10 @@ class RouterLossCallback(TrainerCallback):
 
     `Trainer(..., callbacks=[RouterLossCallback()])`. Each micro-batch's auxiliary loss is weighted
     as its cross-entropy is: by its share of the target tokens of the whole optimizer step. In
-    evaluation too. A model without an auxiliary loss trains as before.
+    evaluation too. A model without an auxiliary loss trains as before. In a loop of your own call
+    `RouterLossCallback().install(model)` once, and the model with labels and num_items_in_batch.
 
-    Raises ValueError in the forward of a model that returns a tuple instead of a ModelOutput.
+    Raises ValueError in a forward that returns a tuple with a router loss, not a ModelOutput.
     """
 
     def __init__(self):
@@ -50,12 +51,14 @@ class RouterLossCallback(TrainerCallback):
         return [before, head.register_forward_hook(self._after_forward, with_kwargs=True)]
 
     def _weigh(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        items = kwargs.get("num_items_in_batch")
-        self._weight = 1.0 if items is None else _targets(kwargs) / items
+        items, targets = kwargs.get("num_items_in_batch"), _targets(kwargs)
+        self._weight = 1.0 if items is None or targets is None else targets / items
 
     def _after_forward(self, head: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if isinstance(output, tuple):
-            raise ValueError("the model returned a tuple; set config.return_dict=True")
+            if head.config.get_text_config().output_router_logits:
+                raise ValueError("the model returned a tuple; set config.return_dict=True")
+            return
         old = getattr(output, "aux_loss", None)
         if not torch.is_tensor(old):
             return
@@ -176,8 +179,12 @@ def _causal_model(model: nn.Module) -> PreTrainedModel | None:
     return None
 
 
-def _targets(inputs: dict) -> torch.Tensor:
-    """The tokens with a target in this micro-batch, counted as Trainer counts them: ()."""
+def _targets(inputs: dict) -> torch.Tensor | None:
+    """The tokens with a target in this micro-batch, counted as Trainer counts them: ().
+
+    None where the trainer keeps the labels to itself, for a loss of its own (label smoothing).
+    """
     if (shifted := inputs.get("shift_labels")) is not None:
         return (shifted != -100).sum()
-    return (inputs["labels"][..., 1:] != -100).sum()
+    labels = inputs.get("labels")
+    return None if labels is None else (labels[..., 1:] != -100).sum()

@@ -169,6 +169,23 @@ def test_evaluation_and_a_second_callback(tmp_path):
     assert trainers[0].losses == pytest.approx([torch.stack(parts).mean().item()] * 2, rel=1e-5)
 
 
+def test_a_loss_of_the_trainers_own_has_no_router_loss(tmp_path):
+    smoothing = dict(label_smoothing_factor=0.1)
+    plain = trained_gradients(tmp_path, 2, **smoothing)
+    ours = trained_gradients(tmp_path, 2, [RouterLossCallback()], **smoothing)
+    assert all(torch.equal(ours[n], g) for n, g in plain.items())
+
+
+def test_tuples(tmp_path):
+    model = router_model()
+    RouterLossCallback().install(model)
+    batch = stacked(dataset())
+    with pytest.raises(ValueError, match="config.return_dict=True"):
+        model(**batch, return_dict=False, use_cache=False)
+    model.config.output_router_logits = False
+    model(**batch, return_dict=False, use_cache=False)
+
+
 def test_sft_trainer_stays_as_it_is(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
