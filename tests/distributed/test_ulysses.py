@@ -262,3 +262,26 @@ def refusals(root) -> None:
 def test_refusals(tmp_path):
     make_model(Case(())).save_pretrained(tmp_path / "model")
     run_ranks(2, refusals, tmp_path)
+
+
+def lora_gradients(root, sp_size: int) -> dict:
+    """{"loss": loss, adapter: gradient} of adapters with the same random weights everywhere."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(root), config)
+    families.randomise(model)
+    model = enable_sequence_parallel(model, sp_size)
+    found = {name: g for name, g in results(model, [batch(2, 13)]).items() if g is not None}
+    for gradient in found.values() if sp_size > 1 else ():
+        dist.all_reduce(gradient)
+        gradient /= sp_size
+    return found
+
+
+@pytest.mark.grid
+def test_lora(tmp_path):
+    make_model(Case(())).save_pretrained(tmp_path)
+    got, want = run_ranks(2, lora_gradients, tmp_path, 2)[0], lora_gradients(tmp_path, 1)
+    assert len(want) == 9 and got.keys() == want.keys()
+    assert worst_error(got, want)[1] < BOUND
