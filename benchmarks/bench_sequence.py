@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -133,7 +134,8 @@ def make_model(
     model.model.rotary_emb = rotary  # its buffers are no weights
     torch.manual_seed(dist.get_rank())
     for name, parameter in model.named_parameters():
-        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+        own = parameter.detach().to_local()
+        nn.init.ones_(own) if "norm" in name else nn.init.normal_(own, std=0.02)
     if args.checkpointing:
         model.activation_checkpointing_enable()
     add_fused_lm_head(model)
@@ -202,8 +204,6 @@ def measure(
 
 def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
     """Wall time of the slowest rank, all starting together."""
-    import time
-
     flag = torch.zeros(1, device=device)
     dist.all_reduce(flag)
     synchronize(device)

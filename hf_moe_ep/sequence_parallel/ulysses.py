@@ -189,6 +189,8 @@ class Sequence:
         """(B, S, d) or (S, d), or a tuple (cos, sin) of such, to this rank's tokens."""
         if isinstance(value, tuple):
             return tuple(self.own_positions(v) for v in value)
+        if not torch.is_tensor(value):
+            raise ValueError(f"position embeddings as {type(value).__name__}: use sp_size=1")
         return self.own(value, value.ndim - 2)
 
     def check_attended(self, module: nn.Module, args: tuple, outputs: Any) -> None:
