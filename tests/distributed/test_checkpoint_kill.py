@@ -103,7 +103,7 @@ def die_in_company(folder, seed):
 
 @pytest.mark.parametrize(
     ("die", "deaths"),
-    [(die_alone, 8), (die_in_company, 3), pytest.param(die_in_company, 50, marks=pytest.mark.grid)],
+    [(die_alone, 5), (die_in_company, 3), pytest.param(die_in_company, 50, marks=pytest.mark.grid)],
 )
 def test_killed_while_saving(tmp_path, die, deaths):
     seed = seen = step = 0
