@@ -1,7 +1,7 @@
 """Layouts that `DistributedConfig.for_model` completes: two gloo ranks against one process.
 
-Expert parallelism without tensor parallelism over a shared batch, and dense MLPs that the family's
-own expert rules would split over a mesh that FSDP2 cannot take.
+Expert parallelism without tensor parallelism over a shared batch; dense MLPs that the family's own
+expert rules would split over a mesh that FSDP2 cannot take; and sequences over the tp axis.
 """
 
 import torch
@@ -21,6 +21,7 @@ SCENARIOS = [
     ("gpt_oss", REPLICATED),
     ("zaya", REPLICATED),  # no tp rules of its own
     ("gemma4", dict(fsdp_size=2, ep_size=2)),
+    ("qwen3_moe", dict(tp_size=2, ep_size=2, enable_sequence_parallel=True)),
 ]
 
 

@@ -1,6 +1,7 @@
 """The shipped recipes: each is read by the command it is for, and its layout fits its model."""
 
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,25 @@ import yaml
 
 from hf_moe_ep import DistributedConfig, recipes
 from hf_moe_ep.cli import sft
+from hf_moe_ep.plans.memory import ModelSizes, held_parameters, memory
+from hf_moe_ep.plans.model import meta_model
+from hf_moe_ep.plans.search import USABLE
 from tests import models
 
 ROOT = Path(__file__).resolve().parents[2]
-# Name -> the model's config, GPUs, tp, fsdp, ep, sp.
+# Name -> the model's config, GPUs, GiB of each, (tp, fsdp, ep, sp).
 TRAINING = {
-    "one_gpu": ("olmoe-1b-7b", 1, None),
-    "two_gpus_ep_fsdp": ("qwen3-30b-a3b", 2, (1, 2, 2, 1)),
-    "eight_gpus_ep_fsdp": ("qwen3-30b-a3b", 8, (1, 8, 8, 1)),
-    "two_gpus_long_context": ("qwen3-30b-a3b", 2, (1, 2, 2, 2)),
-    "eight_gpus_long_context": ("qwen3-30b-a3b", 8, (1, 8, 8, 8)),
+    "one_gpu": ("olmoe-1b-7b", 1, 79, None),
+    "two_gpus_ep_fsdp": ("qwen3-30b-a3b", 2, 139, (1, 2, 2, 1)),
+    "eight_gpus_ep_fsdp": ("qwen3-30b-a3b", 8, 79, (1, 8, 8, 1)),
+    "two_gpus_long_context": ("qwen3-30b-a3b", 2, 139, (1, 2, 2, 2)),
+    "eight_gpus_long_context": ("qwen3-30b-a3b", 8, 79, (1, 8, 8, 8)),
 }
+
+
+@cache
+def model_sizes(name):
+    return ModelSizes(meta_model(models.configs()[name]))
 
 
 def sizes(config):
@@ -42,18 +51,25 @@ def test_names_and_paths(tmp_path):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_recipe_is_read_and_fits(name, tmp_path, monkeypatch):
-    model_name, world, layout = TRAINING[name]
+    model_name, world, gib, layout = TRAINING[name]
     models.configs()[model_name].save_pretrained(tmp_path)
     parser = sft.make_parser()
     flags = ["--config", name, "--use_cpu", "true", "--model_name_or_path", str(tmp_path)]
     script, training, model, _, ours = parser.parse_args_and_config(
         sft.refuse_unknown(parser, flags)
     )
-    assert script.dataset_name and model.dtype == "bfloat16"
+    assert script.dataset_name
     monkeypatch.setenv("WORLD_SIZE", str(world))
     sft.set_model_init_kwargs(training, model, ours)
     config = training.model_init_kwargs.get("distributed_config")
     assert (config if layout is None else sizes(config)) == layout
+    assert training.activation_checkpointing and model.dtype == "bfloat16"
+    planned = model_sizes(model_name)
+    config = config or DistributedConfig()
+    tokens = training.max_length * training.per_device_train_batch_size
+    accumulates = training.gradient_accumulation_steps > 1
+    held = held_parameters(planned, config)
+    assert memory(planned, config, held, tokens, True, accumulates).gib < USABLE * gib
     text = Path(recipes.path(name)).read_text()
     started = f"torchrun --nproc-per-node {world} -m hf_moe_ep sft --config {name}\n"
     assert (started if world > 1 else f"hf-moe-ep sft --config {name}\n") in text
