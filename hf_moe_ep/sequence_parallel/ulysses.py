@@ -94,6 +94,7 @@ class Sequence:
         self.columns = 0  # of the per-token outputs that the caller expects; 0 without labels
         self.length = 0  # S of the running batch, before padding
         self.attended = False  # whether the running layer has called Ulysses attention
+        self.compared = False  # whether the ranks have compared their batches, once
 
     def attach(self, model: nn.Module, causal: PreTrainedModel) -> None:
         decoder = causal.get_decoder()
@@ -156,8 +157,24 @@ class Sequence:
 
     def pad_inputs(self, module: nn.Module, args: tuple, kwargs: dict):
         """Masks and positions stay the model's own work, on the whole sequence."""
+        if not self.compared:
+            self.compare_batches(kwargs.get("input_ids"))
         kwargs, self.length = pad_inputs(args, kwargs, self.n, "sp_size")
         return (), kwargs
+
+    def compare_batches(self, ids: Tensor | None) -> None:
+        """Once: later, a wait for the device in every step would cost more than it finds."""
+        self.compared = True
+        if ids is None:
+            return
+        mine = torch.stack([torch.full_like(ids[0, 0], ids.shape[1]), ids.sum()])
+        all_ranks = Gather.apply(mine[None], 0, self.group)
+        if (all_ranks != mine).any():
+            raise ValueError(
+                f"the {self.n} ranks that share their sequences were fed different batches; use "
+                "hf_moe_ep.sequence_parallel.share_batches(args, sp_size) before making a trainer, "
+                f"or give ranks r to r + {self.n - 1} the same batch in a loop of your own"
+            )
 
     def join_router_logits(self, module: nn.Module, args: tuple, outputs: ModelOutput):
         """So that the auxiliary losses are the model's own, of whole sequences without padding."""

@@ -253,6 +253,8 @@ def refusals(root) -> None:
     enable_sequence_parallel(model, 2)
     with pytest.raises(ValueError, match="was called before"):
         enable_sequence_parallel(model, 2)
+    with pytest.raises(ValueError, match="fed different batches"):
+        model(**batch(1, 8, seed=dist.get_rank()))
     with pytest.raises(ValueError, match="logits_to_keep=1"):
         model(**batch(1, 8), logits_to_keep=1)
     with pytest.raises(ValueError, match="cannot generate"):
