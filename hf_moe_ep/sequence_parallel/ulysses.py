@@ -80,8 +80,13 @@ def _check(causal: PreTrainedModel, sp_size: int, tp_size: int) -> None:
             f"{name} has {text.num_attention_heads} attention heads, which sp_size={sp_size} does "
             "not divide"
         )
-    if any(n.endswith("indexer") for n, _ in causal.get_decoder().named_modules()):
-        raise ValueError(f"{name}: its indexer chooses tokens of the whole sequence; use sp_size=1")
+    for part, module in causal.get_decoder().named_modules():
+        if part.endswith("indexer"):
+            raise ValueError(
+                f"{name}: {part} chooses among all tokens of a sequence; use sp_size=1"
+            )
+        if isinstance(module, nn.Conv1d):
+            raise ValueError(f"{name}: {part} mixes tokens by a convolution; use sp_size=1")
     if causal.config._attn_implementation.startswith(PREFIX):
         raise ValueError(f"{name}: enable_sequence_parallel was called before")
 

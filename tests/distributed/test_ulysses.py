@@ -240,7 +240,8 @@ def refusals(root) -> None:
     layout = DistributedConfig(fsdp_size=2)
     for family, config, message in (
         ("qwen3_moe", {"num_attention_heads": 3, "num_key_value_heads": 3}, "3 attention heads"),
-        ("lfm2_moe", {}, "without transformers' attention interface"),
+        ("minimax", {}, "without transformers' attention interface"),
+        ("lfm2_moe", {}, "mixes tokens by a convolution"),
     ):
         model = make_model(Case((), family, config))
         with pytest.raises(ValueError, match=message):
