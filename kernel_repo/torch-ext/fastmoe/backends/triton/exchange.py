@@ -54,8 +54,12 @@ def pull_rows_kernel(
     peers_ptr, ids_ptr, out_ptr, T, H, NUM_EXPERTS,
     TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x[row % T] of rank row // T, where the row has an expert here."""
-    row = tl.program_id(0)
+    """out[row] = x[row % T] of rank row // T, where the row has an expert here.
+
+    The ranks take turns, so that the rows at home are copied while the link carries the others.
+    """
+    ranks = tl.num_programs(0) // T
+    row = tl.program_id(0) % ranks * T + tl.program_id(0) // ranks
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=NUM_EXPERTS)
     if tl.min(ids, 0) < NUM_EXPERTS:
