@@ -94,7 +94,7 @@ def command(proposal: Proposal, job: Job, model: str) -> str:
     flags += [f"--activation_checkpointing {proposal.checkpointing}"]
     if job.precision == "bf16":
         flags += ["--dtype bfloat16"]
-    else:
+    elif job.gpus > 1:
         flags += ['--model_init_kwargs \'{"distributed_config": {"fsdp_mixed_precision": true}}\'']
     nodes = -(-job.gpus // job.gpus_per_node)
     start = f"torchrun --nproc-per-node {min(job.gpus, job.gpus_per_node)}"

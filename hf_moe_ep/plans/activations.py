@@ -1,4 +1,4 @@
-"""Bytes that a model's forward keeps for its backward, found by running it on the meta device.
+"""Bytes that a model's forward keeps for its backward, found by running it without data.
 
 Attention and experts are stand-ins that keep what a flash attention kernel and fastmoe keep; all
 else is the model's own code. T tokens, H hidden, S = T * top_k, I intermediate.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -51,7 +52,7 @@ def saved_bytes(model: PreTrainedModel, tokens: int) -> tuple[list[Saved], int]:
         by_module = _run(decoder, tokens)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be planned: its forward needs data: {error}"
+            f"{type(model).__name__} cannot be planned: its forward fails without data: {error}"
         ) from None
     finally:
         config._attn_implementation, config._experts_implementation = before
@@ -75,8 +76,11 @@ def saved_bytes(model: PreTrainedModel, tokens: int) -> tuple[list[Saved], int]:
 def _run(decoder: nn.Module, tokens: int) -> dict[str, list[tuple[tuple[int, ...], int]]]:
     """Module name -> (shape, bytes) of every tensor that its own operations keep."""
     running, kept, alive, handles = [""], defaultdict(list), {}, []
+    # Models ask this mode whether values may be read, and take the way that needs none.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     for parameter in decoder.parameters():
-        alive[parameter.untyped_storage()._cdata] = parameter
+        for tensor in (parameter, mode.from_tensor(parameter)):
+            alive[tensor.untyped_storage()._cdata] = tensor
     for name, module in decoder.named_modules():
         enter = module.register_forward_pre_hook(lambda m, args, name=name: running.append(name))
         leave = module.register_forward_hook(lambda m, args, output: running.pop() and None)
@@ -89,12 +93,11 @@ def _run(decoder: nn.Module, tokens: int) -> dict[str, list[tuple[tuple[int, ...
             kept[running[-1]].append((tuple(x.shape), storage.nbytes()))
         return x
 
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     training = decoder.training
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            # The mask is there because without one the model looks for packed rows in the data.
-            decoder.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        with mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+            decoder.train()(input_ids=ids, use_cache=False)
     finally:
         decoder.train(training)
         for handle in handles:

@@ -3,12 +3,13 @@ runs, and the command line. Published models by their configs; nothing is loaded
 
 import json
 import math
+import shlex
 
 import pytest
 import torch
 
 from hf_moe_ep import DistributedConfig, plans
-from hf_moe_ep.cli import plan
+from hf_moe_ep.cli import plan, sft
 from hf_moe_ep.plans.activations import saved_bytes
 from hf_moe_ep.plans.memory import ModelSizes, held_parameters, memory
 from hf_moe_ep.plans.search import Job, meshes, propose
@@ -81,12 +82,50 @@ def test_kept_bytes_are_what_a_real_forward_keeps(name):
     assert sum(layer.total for layer in planned) + around == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "jamba", "qwen3_next"])
+def test_layers_with_sinks_and_states_can_be_planned(name):
+    model = plans.meta_model(families.tiny_config(families.family(name)))
+    layers, _ = saved_bytes(model, 64)
+    assert len(layers) == 2 and all(layer.total > 0 for layer in layers)
+
+
 def test_a_model_whose_forward_needs_data_is_refused():
-    config = families.tiny_config(families.family("qwen3_next"))
-    model = plans.meta_model(config)
-    with pytest.raises(ValueError, match="Qwen3NextForCausalLM cannot be planned"):
+    """A learned indexer (DeepSeek sparse attention) reads its mask."""
+    model = plans.meta_model(families.tiny_config(families.family("deepseek_v32")))
+    with pytest.raises(ValueError, match="DeepseekV32ForCausalLM cannot be planned"):
         saved_bytes(model, 16)
     assert model.config._attn_implementation != "hf_moe_ep_stand_in"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--gpus", "8", "--seq-len", "8192"],
+        ["--gpus", "16", "--seq-len", "65536", "--precision", "mixed"],
+        ["--gpus", "1", "--seq-len", "1024", "--gpu-memory", "900", "--precision", "mixed"],
+    ],
+)
+def test_the_command_is_what_sft_takes(argv, tmp_path, capsys, monkeypatch):
+    config = models.configs()["qwen3-30b-a3b"]
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path)
+    assert plan.main([str(tmp_path), *argv, "--json", "--top", "3"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    for layout in out["layouts"]:
+        flags = shlex.split(layout["command"].split(" -m hf_moe_ep sft ")[1])
+        parser = sft.make_parser()
+        flags = sft.refuse_unknown(parser, [*flags, "--use_cpu", "true", "--dataset_name", "x"])
+        _, training, model, _, ours = parser.parse_args_and_config(flags)
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", argv[1])
+            sft.set_model_init_kwargs(training, model, ours)
+        found = training.model_init_kwargs.get("distributed_config")
+        planned = DistributedConfig.from_dict(layout["distributed_config"])
+        if planned.world_size == 1:
+            assert found is None
+        else:
+            found.fsdp_mixed_precision = False  # not a part of the mesh
+            assert found == planned
 
 
 # 16,384 tokens a step on one H200 with a Trainer and fused AdamW, all bf16: (checkpointing, GiB,
