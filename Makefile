@@ -1,4 +1,4 @@
-# make setup | demo | lint | test. Everything lives in .venv; PYTHON=/path/to/python picks the interpreter.
+# make setup | demo | lint | test | test-distributed. Everything lives in .venv; PYTHON=/path/to/python picks the interpreter.
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
@@ -11,7 +11,7 @@ CHECK := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
 	"$$p" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: setup demo lint test clean
+.PHONY: setup demo lint test test-distributed clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ test: lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_experts.py tests/kernels/test_routing.py \
 		-k "fused or routing or sentinel or written"
 	$(PYTEST) --durations 25
+
+# The larger grid of layouts, two to eight processes; on a machine with GPUs the two-rank tests use them.
+test-distributed: $(STAMP)
+	$(TEST_ENV) $(PY) -m pytest -n 0 -m "grid or not grid" tests/distributed --durations 25
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output

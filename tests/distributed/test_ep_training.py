@@ -1,0 +1,240 @@
+"""What expert parallelism does over time: the same bits every run, the loss curve of one process,
+a recompute that keeps its experts, bf16, generation, and checkpoints for other layouts.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from hf_moe_ep.expert_parallel import keep_routing
+from tests import families
+from tests.distributed.layouts import (
+    Case,
+    backend_of,
+    batches,
+    device_of,
+    group_of,
+    load,
+    one_process,
+    run,
+    whole,
+    write_checkpoint,
+)
+from tests.distributed.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+# --- the same bits ---------------------------------------------------------------------------
+
+
+def same_bits(folder, exchanges) -> list[str]:
+    """What differs between two runs of one batch, and between models loaded twice."""
+    different = []
+    for exchange in exchanges:
+        case = Case(exchange=exchange, batch="unequal")
+        first, *others = [run(m, case) for m in (load(case, folder),) * 2 + (load(case, folder),)]
+        first["logits"] = torch.stack(first["logits"])
+        for other in others:
+            other["logits"] = torch.stack(other["logits"])
+            different += [f"{exchange}: {n}" for n, t in first.items() if not t.equal(other[n])]
+    return different
+
+
+def test_repeated_runs_give_the_same_bits(root):
+    folder = write_checkpoint(root, "qwen3_moe")
+    assert run_ranks(2, same_bits, folder, ("gather", "rows"), backend=backend_of(2)) == [[], []]
+
+
+# --- the loss curve of one process -----------------------------------------------------------
+
+
+def curve(model, steps: int, groups: int, group: int | None) -> list[float]:
+    """Losses of AdamW steps on 4 sequences each, of which a rank sees its group's."""
+    # eps well above rounding: Adam divides near-zero gradients by their own size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-4, foreach=False)
+    losses = []
+    for step in range(steps):
+        ids = torch.randint(3, 24, (4, 12), generator=torch.Generator().manual_seed(step % 7))
+        ids = ids if group is None else ids.chunk(groups)[group]
+        ids = ids.to(model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    if group is not None:
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    return losses.tolist()
+
+
+def sharded_curve(case, folder, steps):
+    return curve(load(case, folder), steps, case.config.dp_size, group_of(case))
+
+
+def check_curve(root, case, steps):
+    folder = write_checkpoint(root, case.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    want = torch.tensor(curve(model.to(device_of(case.world)), steps, 1, None))
+    assert want[-1] < 0.8 * want[0], "the model learns"
+    backend, timeout = backend_of(case.world), 60 + 3 * steps
+    for losses in run_ranks(
+        case.world, sharded_curve, case, folder, steps, timeout=timeout, backend=backend
+    ):
+        error = ((torch.tensor(losses) - want).abs() / want).max()
+        assert error < 1e-5, f"{error}"
+
+
+def test_thirty_steps(root):
+    check_curve(root, Case(), 30)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", [Case(), Case(layout="ep4", exchange="rows")], ids=str)
+def test_three_hundred_steps(root, case):
+    check_curve(root, case, 300)
+
+
+# --- gradient checkpointing keeps the routing --------------------------------------------------
+
+
+def nearly_tied(model) -> None:
+    """Routers whose logits differ by rounding only, and by another rounding in every call."""
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            module.weight.data *= 1e-6
+            module.calls = 0
+            module.register_forward_pre_hook(_other_rounding)
+
+
+def _other_rounding(router, args):
+    router.calls += 1
+    generator = torch.Generator().manual_seed(router.calls)
+    noise = torch.randn(args[0].shape, generator=generator).to(args[0])
+    return (args[0] + noise * (router.calls > 1),)
+
+
+def gradients(folder, exchange: str, checkpointing: dict | None) -> dict[str, torch.Tensor]:
+    """Of the experts, with nearly tied routers."""
+    case = Case(exchange=exchange)
+    model = load(case, folder).train()
+    nearly_tied(model)
+    if checkpointing is not None:
+        model.activation_checkpointing_enable(checkpointing | {"use_reentrant": False})
+    ids = batches("plain", case.config.dp_size)[0][group_of(case)].to(model.device)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {n: whole(p.grad) for n, p in model.named_parameters() if ".experts." in n}
+
+
+def recompute_errors(folder) -> list[float]:
+    """Largest error of checkpointing: with the routing kept, by both exchanges, and without."""
+    want = gradients(folder, "gather", None)
+    keep = {"context_fn": keep_routing}
+    ways = [("gather", keep), ("rows", keep), ("gather", {})]
+    got = [gradients(folder, *way) for way in ways]
+    return [max(families.relative_error(g[n], want[n]) for n in want) for g in got]
+
+
+def test_a_recompute_keeps_the_experts_of_the_forward(root):
+    folder = write_checkpoint(root, "qwen3_moe")
+    for gather, rows, routed_again in run_ranks(2, recompute_errors, folder, backend=backend_of(2)):
+        assert max(gather, rows) < 1e-4  # the routing weights differ, by about 1e-6
+        assert routed_again > 0.1  # and with "rows" shapes differ, and torch refuses
+
+
+# --- bf16 with fixed routing -------------------------------------------------------------------
+
+
+def fix_routing(model) -> None:
+    """Experts by token id instead of by logits, which bf16 rounds; their weights stay learned."""
+    model.register_forward_pre_hook(_remember_ids, with_kwargs=True)
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            module.owner = [model]
+            module.register_forward_hook(_by_token)
+
+
+def _remember_ids(model, args, kwargs):
+    model.token_ids = kwargs["input_ids"].flatten()
+
+
+def _by_token(router, args, outputs):
+    logits, scores, _ = outputs
+    steps = torch.arange(scores.shape[1], device=logits.device)
+    ids = (router.owner[0].token_ids[:, None] * 3 + 5 * steps) % logits.shape[1]
+    return logits, logits.float().softmax(-1).gather(1, ids).to(scores.dtype), ids
+
+
+def in_bf16(folder, cases, reference) -> dict:
+    found = {}
+    for case in cases:
+        model = load(case, folder, dtype=torch.bfloat16)
+        fix_routing(model)
+        got = run(model, case)
+        del got["logits"]
+        found[case] = {n: families.relative_error(t.cpu(), reference[n]) for n, t in got.items()}
+    return found
+
+
+def test_bf16_is_as_near_to_fp32_as_one_process(root):
+    folder = write_checkpoint(root, "qwen3_moe")
+    one = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        fix_routing(model.to(dtype))  # weights that bf16 holds
+        one[dtype] = one_process(model, batches("plain", 2))
+        del one[dtype]["logits"]
+    want, peer = one[torch.float32], one[torch.bfloat16]
+    allowed = torch.tensor([families.relative_error(peer[n], want[n]) for n in want])
+    cases = [Case(exchange=e) for e in ("gather", "rows")]
+    for rank in run_ranks(2, in_bf16, folder, cases, want, backend=backend_of(2)):
+        for case, errors in rank.items():
+            errors = torch.tensor([errors[n] for n in want])
+            # all tensors together: which of them rounds badly is chance
+            assert errors.mean() < 1.5 * allowed.mean(), case
+            assert errors.max() < 2 * allowed.max(), case
+
+
+# --- generate, and checkpoints for other layouts -----------------------------------------------
+
+
+def prompts() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(4)
+    return [torch.randint(3, 128, (1, 5), generator=g), torch.randint(3, 128, (2, 9), generator=g)]
+
+
+def generate(model, which: int) -> torch.Tensor:
+    """Greedy: 7 new tokens after one prompt, 3 after the others."""
+    return model.generate(
+        prompts()[which].to(model.device), max_new_tokens=(7, 3)[which], do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    ).cpu()  # fmt: skip
+
+
+def generate_and_save(folder, target) -> list[torch.Tensor]:
+    case = Case(exchange="rows")
+    model = load(case, folder)
+    texts = [generate(model, dist.get_rank())]
+    model.save_pretrained(target)
+    dist.barrier()
+    shared = load(Case(layout="tp2=ep2"), target)
+    return texts + [generate(shared, which) for which in (0, 1)]
+
+
+def test_generate_and_reload_in_another_layout(root, tmp_path):
+    folder = write_checkpoint(root, "qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    want = [generate(model, which) for which in (0, 1)]
+    ranks = run_ranks(2, generate_and_save, folder, tmp_path, backend=backend_of(2))
+    for rank, (own, *reloaded) in enumerate(ranks):
+        assert own.equal(want[rank])
+        assert all(got.equal(text) for got, text in zip(reloaded, want, strict=True))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert saved[name].equal(tensor), name
