@@ -19,8 +19,8 @@ def sp_plan_for(model: PreTrainedModel) -> dict[str, str]:
     `ep_implementation="sequence_sharded"`.
 
     Raises:
-        ValueError: a model without a decoder of layers with self_attn, or with modules of its own
-            around them.
+        ValueError: a model without a decoder of layers with self_attn, with modules of its own
+            around them, or with an indexer in them.
     """
     decoder = model.get_decoder()
     root = next(name for name, module in model.named_modules() if module is decoder)
@@ -50,6 +50,11 @@ def _layer_rules(model: PreTrainedModel, layer: nn.Module, name: str) -> dict[st
         )
     rules = {}
     for child, module in layer.named_modules():
+        if child.endswith("indexer"):
+            raise ValueError(
+                f"{type(model).__name__}: {name}.{child} chooses among all tokens of a sequence, "
+                "and its gradients would be wrong with sequence parallelism on the tp axis"
+            )
         inside = child.split(".")
         if inside[0] == "self_attn" or "experts" in inside:
             continue
