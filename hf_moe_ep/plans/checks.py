@@ -148,8 +148,8 @@ def _sequence_checks(model: PreTrainedModel, config: Any, seq_len: int | None) -
     checks = []
     if sp > 1 and (name := _stateful(model)):
         detail = (
-            f"{name} carries a state along the sequence, and with sp_size={sp} a rank would see "
-            "only its part of it; use sp_size=1"
+            f"{name} looks along the sequence other than by attention, and with sp_size={sp} a rank "
+            "would see only its part of it; use sp_size=1"
         )
         checks.append(Check("model", "sp_size", "problem", detail))
     axis, size = ("tp_size", config.tp_size) if config.enable_sequence_parallel else ("sp_size", sp)
@@ -161,8 +161,11 @@ def _sequence_checks(model: PreTrainedModel, config: Any, seq_len: int | None) -
 def _stateful(model: PreTrainedModel) -> str | None:
     """The first layer of the text path that reads tokens before its own other than by attention."""
     decoder = model.get_decoder()
-    modules = decoder.named_modules()
-    return next((n for n, m in modules if isinstance(m, nn.Conv1d) or recurrence(m)), None)
+    for name, module in decoder.named_modules():
+        # A learned indexer chooses keys of the whole sequence, and makes no Ulysses exchange.
+        if isinstance(module, nn.Conv1d) or recurrence(module) or name.endswith("indexer"):
+            return name
+    return None
 
 
 def length_check(seq_len: int, axis: str, size: int) -> Check:

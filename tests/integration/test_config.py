@@ -137,10 +137,10 @@ def test_sequences_over_the_tp_axis(config):
     assert DistributedConfig.from_dict(found.to_dict()) == found
 
 
-@pytest.mark.parametrize("name", ["lfm2_moe", "jamba"])
+@pytest.mark.parametrize("name", ["lfm2_moe", "jamba", "deepseek_v32"])
 def test_layers_with_a_state_cannot_share_a_sequence(name):
     config = families.tiny_config(families.family(name))
-    with pytest.raises(ValueError, match="along the sequence.*use sp_size=1"):
+    with pytest.raises(ValueError, match="along the sequence .*use sp_size=1"):
         DistributedConfig.for_model(config, fsdp_size=2, sp_size=2)
 
 
