@@ -148,7 +148,7 @@ def _sequence_checks(model: PreTrainedModel, config: Any, seq_len: int | None) -
     checks = []
     if sp > 1 and (name := _stateful(model)):
         detail = (
-            f"{name} looks along the sequence other than by attention, and with sp_size={sp} a rank "
+            f"{name} looks along the sequence other than by attention; with sp_size={sp} a rank "
             "would see only its part of it; use sp_size=1"
         )
         checks.append(Check("model", "sp_size", "problem", detail))
