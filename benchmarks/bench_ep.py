@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from . import gate, report
-from .environment import describe
+from .environment import describe, device_slug, torchrun
 from .problems import TRAINING, Inputs, Problem, make_inputs
 from .timing import ColdCache, interleave, memory_of_step, synchronize
 
@@ -66,18 +65,17 @@ def main(argv: list[str]) -> int:
         rows += train(bench, base.at(tokens), args.ways.split(","))
     for tokens in [64] if on_gpu else []:
         rows += decode(bench, base.at(tokens), args.ways.split(","))
-    launch = ["torchrun", "--nproc-per-node", str(bench.ranks), "-m", "benchmarks.bench_ep"]
     result = {
         "benchmark": "ep",
         "mode": "ep",
         "ranks": bench.ranks,
         "dtype": str(dtype).removeprefix("torch."),
         "rows": rows,
-        "environment": describe(device, shlex.join([*launch, *argv]), args.commit),
+        "environment": describe(device, torchrun("bench_ep", argv), args.commit),
     }
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"ep{bench.ranks}-{device.type}.json"
+        path = args.out / f"ep{bench.ranks}-{device_slug(device)}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{report.table(result)}\n{path}", flush=True)
     dist.barrier()

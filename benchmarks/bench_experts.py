@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import first_step, floors, kernel_times, layer, peers, report
-from .environment import describe, device_name
+from .environment import command, describe, device_slug
 from .layer import Row, Settings
 from .problems import DECODE, EDGE, TRAINING, Problem
 
@@ -160,7 +158,7 @@ def _run(
         "bandwidth_gbs": settings.bandwidth and settings.bandwidth / 1e9,
         "rows": [],
     }
-    path = args.out / f"{mode}-{_slug(settings.device)}{'-quick' * args.quick}.json"
+    path = args.out / f"{mode}-{device_slug(settings.device)}{'-quick' * args.quick}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for problem in problems:
@@ -168,29 +166,13 @@ def _run(
             result["rows"].append(row)
             print(f"[{time.perf_counter() - started:6.1f} s] {report.one_line(row)}", flush=True)
         # After the measurement, because an adapter may set a variable that belongs to the record.
-        result["environment"] = describe(settings.device, _command(argv), args.commit)
+        said = command("hf-moe-ep bench", argv)
+        result["environment"] = describe(settings.device, said, args.commit)
         path.write_text(json.dumps(result, indent=1) + "\n")
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"\n{report.table(result)}\n{path}", flush=True)
     return int(any(_ours_failed(row) for row in result["rows"]))
-
-
-def _command(argv: list[str]) -> str:
-    """The command for the record, without what says nothing about the figures: where they go, and
-    the commit.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out")
-    parser.add_argument("--commit")
-    return shlex.join(["hf-moe-ep", "bench", *parser.parse_known_args(argv)[1]])
-
-
-def _slug(device: torch.device) -> str:
-    """The device's name in a file name, e.g. nvidia-h200; plain "cpu" for every CPU."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def _measure(

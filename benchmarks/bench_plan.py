@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from hf_moe_ep.sequence_parallel import enable_sequence_parallel
 from hf_moe_ep.training import clip_grad_norm_, count_flops, param_groups, peak_tflops
 
 from .bench_sequence import QWEN3_30B_A3B, TINY, loss_of, sequence
-from .environment import describe
+from .environment import describe, device_slug, torchrun
 from .timing import synchronize
 
 GIB = 2**30
@@ -79,16 +78,16 @@ def main(argv: list[str]) -> int:
     ranks = dist.get_world_size()
     chosen = points(ranks)
     chosen = {name: chosen[name] for name in (args.points or ",".join(chosen)).split(",")}
-    launch = ["torchrun", "--nproc-per-node", str(ranks), "-m", "benchmarks.bench_plan"]
     result = {
         "benchmark": "plan",
         "mode": "plan",
         "ranks": ranks,
         "layers": args.layers,
+        "dtype": "bfloat16" if on_gpu else "float32",
         "rows": [],
-        "environment": describe(device, shlex.join([*launch, *argv]), args.commit),
+        "environment": describe(device, torchrun("bench_plan", argv), args.commit),
     }
-    path = args.out / f"plan{ranks}-{args.layers}layers-{device.type}.json"
+    path = args.out / f"plan{ranks}-{args.layers}layers-{device_slug(device)}.json"
     for name, point in chosen.items():
         result["rows"].append({"name": name} | measure(point, args, device))
         if dist.get_rank() == 0:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from hf_moe_ep import DistributedConfig
 from hf_moe_ep.sequence_parallel import enable_sequence_parallel
 
-from .environment import describe
+from .environment import describe, device_slug, torchrun
 from .timing import spread, synchronize
 
 GIB = 2**30
@@ -71,7 +70,6 @@ def main(argv: list[str]) -> int:
     sizes, dtype = (QWEN3_30B_A3B, torch.bfloat16) if on_gpu else (TINY, torch.float32)
     ranks = dist.get_world_size()
     models = {size: make_model(sizes, args, size, dtype, device) for size in (1, ranks)}
-    launch = ["torchrun", "--nproc-per-node", str(ranks), "-m", "benchmarks.bench_sequence"]
     result = {
         "benchmark": "sequence",
         "mode": "sequence",
@@ -82,10 +80,10 @@ def main(argv: list[str]) -> int:
         "checkpointing": args.checkpointing,
         "gate": gate(models, dtype, device),
         "rows": [],
-        "environment": describe(device, shlex.join([*launch, *argv]), args.commit),
+        "environment": describe(device, torchrun("bench_sequence", argv), args.commit),
     }
     name = "checkpointing" if args.checkpointing else "plain"
-    path = args.out / f"sequence{ranks}-{name}-{device.type}.json"
+    path = args.out / f"sequence{ranks}-{name}-{device_slug(device)}.json"
     for tokens in [int(t) for t in args.tokens.split(",")]:
         result["rows"] += measure(models, tokens, args.rounds, device)
         _write(result, path)

@@ -4,9 +4,12 @@ into its JSON.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
+import re
+import shlex
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +34,9 @@ VARIABLES = (
     "CUTE_DSL_ARCH",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
+    "NCCL_",
+    "PYTORCH_",
+    "TORCH_SYMM_MEM_",
 )
 
 
@@ -63,6 +69,29 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"CPU {models[0] if models else platform.machine()}"
+
+
+def command(program: str, argv: list[str]) -> str:
+    """The command for the record, without what says nothing about the figures: where they go, and
+    the commit.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    parser.add_argument("--commit")
+    return f"{program} {shlex.join(parser.parse_known_args(argv)[1])}".strip()
+
+
+def torchrun(module: str, argv: list[str]) -> str:
+    """The command of a benchmark of several ranks, for the record."""
+    launch = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m benchmarks.{module}"
+    return command(launch, argv)
+
+
+def device_slug(device: torch.device) -> str:
+    """The device's name in a file name, e.g. nvidia-h200; plain "cpu" for every CPU."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def _version(name: str) -> str | None:

@@ -226,6 +226,39 @@ def _ep_label(name: str) -> str:
     return "fastmoe, one GPU, no EP" if name == "one GPU" else f"**fastmoe**, {name}"
 
 
+def _sequence(result: Result) -> str:
+    """A step of one sequence over all ranks beside a step of one on each rank."""
+    alone = {r["T"]: r for r in result["rows"] if r["sp_size"] == 1}
+    lines = []
+    for row in result["rows"]:
+        one = alone[row["T"]]
+        share = row["step"]["median_ms"] / one["step"]["median_ms"]
+        cells = [str(row["T"]), str(row["sp_size"]), _ms(row, "step"), f"{share:.2f}"]
+        cells += [_get(row, "activations_gib")]
+        if row["activations_gib"]:
+            cells.append(f"{row['activations_gib'] / one['activations_gib']:.2f}")
+        lines.append([*cells, _get(row, "peak_gib"), f"{row['tokens_per_s']:,.0f}"])
+    header = ["tokens", "sp_size", "step ms", "of sp_size 1", "activations GiB", "of sp_size 1"]
+    return _markdown([*header, "peak over weights GiB", "tokens/s"], lines)
+
+
+def _plan(result: Result) -> str:
+    """What `hf-moe-ep plan` says of a layout beside what a training step of it takes."""
+    lines = []
+    for row in result["rows"]:
+        layout = ", ".join(f"{k}={v}" for k, v in row["layout"].items()) or "one GPU"
+        checkpointing = "yes" if row["checkpointing"] else "no"
+        lines.append(
+            [str(result["layers"]), layout, str(row["tokens"]), str(row["micro_batches"])]
+            + [checkpointing, _get(row, "peak_gib"), _get(row, "planned_gib")]
+            + [_number(row["step_s"]), _number(row["planned_s"])]
+            + [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}"]
+        )
+    header = ["layers", "layout", "tokens of a rank", "micro-batches", "checkpointing"]
+    header += ["peak GiB", "planned GiB", "step s", "planned s", "tokens/s", "MFU"]
+    return _markdown(header, lines)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "train": _train,
     "train:short": _train_short,
@@ -233,6 +266,8 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "kernels": _kernels,
     "first_step": _first_step,
     "ep": _ep,
+    "plan": _plan,
+    "sequence": _sequence,
 }
 
 

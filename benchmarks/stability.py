@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from hf_moe_ep import DistributedConfig
 from hf_moe_ep.cli.demo.data import documents
 from hf_moe_ep.training import FiniteCheck, clip_grad_norm_, param_groups
 
-from .environment import describe
+from .environment import describe, device_slug, torchrun
 from .timing import synchronize
 
 BYTES = 256
@@ -55,8 +54,6 @@ def main(argv: list[str]) -> int:
     early = [statistics.mean(row["loss"][:START]) for row in rows]
     difference = abs(early[0] - early[1]) / early[1]
     wrong = any("not_finite" in row for row in rows) or difference > AGREE
-    launch = ["torchrun", "--nproc-per-node", str(dist.get_world_size())]
-    command = shlex.join([*launch, "-m", "benchmarks.stability", *argv])
     result = {
         "benchmark": "stability",
         "ranks": dist.get_world_size(),
@@ -66,11 +63,11 @@ def main(argv: list[str]) -> int:
         "first_steps_differ_by": difference,
         "last_steps_differ_by": _last_difference(rows),
         "rows": rows,
-        "environment": describe(device, command, args.commit),
+        "environment": describe(device, torchrun("stability", argv), args.commit),
     }
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"stability{dist.get_world_size()}-{device.type}.json"
+        path = args.out / f"stability{dist.get_world_size()}-{device_slug(device)}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         for row in rows:
             print({k: v for k, v in row.items() if k not in ("loss", "gradient_norm")})
