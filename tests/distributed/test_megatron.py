@@ -12,11 +12,11 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_moe_ep  # noqa: F401  (registers the styles)
 from hf_moe_ep.sequence_parallel import sp_plan_for
+from tests import families
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_ulysses import (
     BOUND,
@@ -68,7 +68,8 @@ def load_megatron(tp_size: int, ep_size: int, folder, case: Case):
         tp_plan=sp_plan_for(make_model(case)),
         ep_implementation="sequence_sharded",
     )
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout, **case.load)
+    model_class = families.model_class(families.family(case.family))
+    return model_class.from_pretrained(folder, distributed_config=layout, **case.load)
 
 
 @pytest.mark.parametrize(
