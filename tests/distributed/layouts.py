@@ -50,9 +50,15 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
 VARIANTS = {"top1": dict(experts=8, top_k=1), "top8": dict(experts=16, top_k=8)}
 BOUND = 2e-6
-# nemotron_h's state-space decays have gradients that nearly cancel: one process in fp32 is up to
-# 4.0e-6 away from itself in fp64 ("odd", A_log, CPU), so two runs in fp32 may be twice that apart.
-BOUNDS = {"A_log": 8e-6, "dt_bias": 8e-6}
+# Gradients that nearly cancel: how far one process in fp32 is from itself in fp64, with eager
+# experts, on the batches of four groups (nemotron_h: of two), CPU. Two runs in fp32 may be twice
+# that apart.
+NOISE = {
+    ("nemotron_h", "A_log"): 4.0e-6,
+    ("nemotron_h", "dt_bias"): 3.7e-6,
+    ("gpt_oss hot", "router.bias"): 7.3e-6,
+    ("qwen3_moe top8", "_norm.weight"): 7.1e-6,
+}
 
 
 @dataclass(frozen=True)
@@ -203,9 +209,13 @@ def errors_of(root: Path, cases: list[Case], ranks_per_node: int | None = None) 
 
 
 def wrong(errors: dict) -> dict:
-    """The (case, name) whose errors are beyond the bound of that name. NaN is."""
-    bound = {key: BOUNDS.get(key[1].rpartition(".")[2], BOUND) for key in errors}
-    return {key: error for key, error in errors.items() if not error < bound[key]}
+    """The (case, name) whose errors are beyond the bound. NaN is."""
+    return {key: error for key, error in errors.items() if not error < _bound(*key)}
+
+
+def _bound(case: Case, name: str) -> float:
+    noise = [n for (c, end), n in NOISE.items() if c == case.checkpoint and name.endswith(end)]
+    return max([BOUND, *(2 * n for n in noise)])
 
 
 # --- the ranks -------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def in_turn(cases: list[Case], batches=BATCHES) -> list[Case]:
 
 
 def check(root, cases, **kwargs):
-    assert not wrong(errors_of(root, cases, **kwargs))
+    found = wrong(errors_of(root, cases, **kwargs))
+    assert not found, "\n".join(f"{e:.1e} {key}" for key, e in found.items())
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2=ep2"])
