@@ -39,8 +39,8 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test: lint
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_experts.py tests/kernels/test_routing.py \
-		-k "fused or routing or sentinel or written"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_experts.py tests/kernels/test_routing.py tests/kernels/test_exchange.py \
+		-k "fused or routing or sentinel or written or rank"
 	$(PYTEST) --durations 25
 
 # The larger grid of layouts, two to eight processes; on a machine with GPUs the two-rank tests use them.

@@ -42,7 +42,7 @@ class FastMoEEP(upstream.EPImplementation):
     the same inputs give the same bits.
 
     Raises, when called: what `agree` raises. An error of a collective, in backward too, has the
-    layer and the rank in its notes.
+    layer and the rank in its notes. ValueError for eager experts that train.
     """
 
     def __init__(self, experts, ep_mesh, tp_mesh):
@@ -64,6 +64,12 @@ class FastMoEEP(upstream.EPImplementation):
             return self._call(hidden_states, top_k_index, top_k_weights)
 
     def _call(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.config._experts_implementation == "eager":
+            # A rank without tokens would leave the graph, and the others' backward wait for it.
+            raise ValueError(
+                'experts_implementation="eager" does not train under ep_implementation="fastmoe": '
+                'use "fastmoe" or "grouped_mm"'
+            )
         if self.shares_batch:
             return self.shared(hidden_states, top_k_index, top_k_weights)
         own = (hidden_states, top_k_index, top_k_weights)
@@ -83,6 +89,7 @@ class FastMoEEP(upstream.EPImplementation):
             x.contiguous(), weights, ids, self.exchange, lengths, fastmoe, self.where
         )
         options = {"routing": routing} if fastmoe else {}
+        ids = ids if fastmoe else ids.long()  # eager experts take no other type
         if not rows.shape[0]:
             # One row for no expert: not every experts implementation takes none, and the empty
             # rows must stay in the graph, whose backward is a collective.

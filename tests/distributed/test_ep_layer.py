@@ -155,11 +155,13 @@ SETTINGS = [  # HF_MOE_EP_EXCHANGE, ep_implementation, experts_implementation, t
     ("rows", "fastmoe", "grouped_mm", 1),
     ("", "auto", "fastmoe", 2),
 ]
+OVER_NVLINK = [("symmetric", "fastmoe", kind, 1) for kind in ("fastmoe", "grouped_mm")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_ranks(dtype):
-    run_ranks(2, check_layers, SETTINGS, (1, 8), dtype, {}, backend=backend_of(2))
+    settings = SETTINGS + (OVER_NVLINK if device_of(2) == "cuda" else [])
+    run_ranks(2, check_layers, settings, (1, 8), dtype, {}, backend=backend_of(2))
 
 
 def test_four_ranks_on_two_nodes():
@@ -183,6 +185,18 @@ def test_eight_ranks_on_nodes(ranks_per_node, dtype):
     settings = [("nodes", "fastmoe", "fastmoe", tp) for tp in (1, 2)]
     env = {"HF_MOE_EP_RANKS_PER_NODE": str(ranks_per_node)}
     run_ranks(8, check_layers, settings, (1, 8), dtype, env, timeout=600)
+
+
+def eager_is_refused() -> None:
+    experts = distributed(Block("eager", torch.float32), "fastmoe", 1)
+    with pytest.raises(ValueError, match="grouped_mm"):
+        experts(*batch_of(dist.get_rank(), 4, 2, "uniform", 2, torch.float32)[:3])
+    with torch.no_grad():
+        experts(*batch_of(dist.get_rank(), 4, 2, "uniform", 2, torch.float32)[:3])
+
+
+def test_eager_experts_do_not_train():
+    run_ranks(2, eager_is_refused)
 
 
 # --- what crosses the wire -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Memory, frozen parts, tracing, checkpointing, and clear refusals.
 """
 
+import functools
 import threading
 
 import pytest
@@ -319,3 +320,34 @@ def test_backward_in_a_thread_without_a_context():
     thread.start()
     thread.join()
     assert not failures
+
+
+class ExpertsModule(torch.nn.Module):
+    """What transformers makes of an experts class that writes no gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.act_fn = torch.nn.SiLU()
+
+    def _default_apply_gate(self, h):
+        gate, up = h.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    _apply_gate = _default_apply_gate
+
+
+def test_the_hub_layer_fuses_no_gate_that_was_changed():
+    gate_of = fastmoe.layers._gate_of
+    assert gate_of(ExpertsModule()) == fastmoe.Gate("silu")
+
+    hooked = ExpertsModule()
+    hooked.act_fn.register_forward_hook(lambda module, args, out: 2 * out)
+    assert gate_of(hooked) == hooked._apply_gate
+
+    class Wrapped(ExpertsModule):
+        @functools.wraps(ExpertsModule._default_apply_gate)
+        def _apply_gate(self, h):
+            return 2 * self._default_apply_gate(h)
+
+    wrapped = Wrapped()
+    assert gate_of(wrapped) == wrapped._apply_gate

@@ -103,7 +103,8 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, w, bias, gather, top_k, transposed, block_m, *routing):
         layer = Layer(list(routing), block_m, top_k, transposed)
-        ctx.save_for_backward(rows, w, bias, *routing)
+        needed_rows = rows if ctx.needs_input_grad[1] else None  # for the weight's gradient
+        ctx.save_for_backward(needed_rows, w, bias, *routing)
         ctx.gather, ctx.layer_numbers = gather, (block_m, top_k, transposed)
         return _zero_tail(
             ops.grouped_linear(rows, w, bias, *layer.args, transposed, gather), routing

@@ -54,14 +54,16 @@ def _gate_of(module: nn.Module):
     """A `Gate` where the module's formula is SwiGLU without doubt, else the module's own code."""
     if not getattr(module, "has_gate", True):
         return module.act_fn
-    own = getattr(module, "_apply_gate", None)
-    # transformers gives this method to every experts class that does not write one.
-    if own is not None and own.__name__ != "_default_apply_gate":
+    own, act = getattr(module, "_apply_gate", None), module.act_fn
+    # transformers gives this method to every experts class that does not write one. Its code
+    # object has the name whatever wraps it; functools.wraps gives a wrapper the __name__ too.
+    code = getattr(getattr(own, "__func__", None), "__code__", None)
+    if own is not None and (code is None or code.co_name != "_default_apply_gate"):
         return own
-    kind = type(module.act_fn)
-    if f"{kind.__module__}.{kind.__qualname__}" in _SILU:
+    known = f"{type(act).__module__}.{type(act).__qualname__}" in _SILU
+    if known and not ("forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks):
         return Gate("silu")
-    return own or _Glu(module.act_fn)
+    return own or _Glu(act)
 
 
 class _Glu:
