@@ -305,7 +305,13 @@ def _one_piece(value):
         return value
     strided = [n for n, p in enumerate(value.placements) if isinstance(p, _StridedShard)]
     if any(value.device_mesh.size(n) > 1 for n in strided):
-        return _redistribute_state_dict(value)
+        try:
+            return _redistribute_state_dict(value)
+        except ValueError as error:  # seen with torch 2.11, not with 2.13: experts split by tp
+            raise ValueError(
+                f"torch {torch.__version__} cannot put the shards {value.placements} of a weight "
+                "together: use torch 2.13, or split the experts by ep_size instead of tp_size"
+            ) from error
     if not strided:
         return value
     placements = [Shard(p.dim) if n in strided else p for n, p in enumerate(value.placements)]
