@@ -23,7 +23,10 @@ class Rates:
 
     dense: float = 650e12  # FLOP/s of plain matrix products
     experts: float = 530e12  # FLOP/s of fastmoe's step at 16,384 tokens of Qwen3-30B-A3B
-    attention: float = 230e12  # FLOP/s of sdpa's flash kernel, forward and backward, causal
+    # FLOP/s that sdpa's flash kernel tends to with long sequences, forward and backward, causal,
+    # and the tokens at which it does half: 230e12 at 4096; whole steps at 32,768 fit 416e12.
+    attention: float = 470e12
+    attention_half: float = 4300
     head: float = 437e12  # FLOP/s of a chunked loss with its projection
     elementwise: float = 1.55e-10  # s per token and hidden unit of a layer: norms, rotary, residual
     optimizer: float = 1.1e12  # B/s through fused AdamW, clipping and Trainer's work around a step
@@ -116,7 +119,8 @@ def _compute(
     dense = tokens / (config.tp_size if split_tokens else 1)
     seconds = passes * dense * (flops.linear + flops.router + flops.recurrence) / rates.dense
     seconds += passes * seq_len / shared * flops.experts / rates.experts
-    seconds += passes * seq_len / attention * flops.attention_causal(seq_len) / rates.attention
+    attention_rate = rates.attention * seq_len / (seq_len + rates.attention_half)
+    seconds += passes * seq_len / attention * flops.attention_causal(seq_len) / attention_rate
     seconds += 3 * tokens * flops.head / rates.head
     wide = tokens / (config.tp_size if config.enable_sequence_parallel else 1)
     return seconds + passes / 3 * wide * sizes.hidden * sizes.layers * rates.elementwise

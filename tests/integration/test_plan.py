@@ -7,7 +7,11 @@ import shlex
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
+from benchmarks.bench_plan import Point, planned
+from benchmarks.bench_sequence import QWEN3_30B_A3B
+from benchmarks.report import RESULTS
 from hf_moe_ep import DistributedConfig, plans
 from hf_moe_ep.cli import plan, sft
 from hf_moe_ep.plans.activations import saved_bytes
@@ -145,6 +149,21 @@ def test_one_gpu_as_measured(qwen, checkpointing, gib, tokens_per_second):
     flops = count_flops(qwen.model)
     step = speed(qwen, config, held, 4096, checkpointing, flops, 4, 8, Rates()).step
     assert 16384 / step == pytest.approx(tokens_per_second, rel=0.05)
+
+
+@pytest.mark.parametrize("layers", [8, 48])
+def test_two_gpus_as_measured(layers):
+    """The plan of today's code beside benchmarks/results: whole steps of Qwen3-30B-A3B."""
+    result = json.loads((RESULTS / f"plan2-{layers}layers-nvidia-h200.json").read_text())
+    config = Qwen3MoeConfig(num_hidden_layers=layers, **QWEN3_30B_A3B)
+    for row in result["rows"]:
+        layout = DistributedConfig.for_model(config, **row["layout"])
+        point = Point(row["layout"], row["tokens"], row["checkpointing"], row["micro_batches"])
+        plan = planned(config, layout, point, row["T"])
+        assert plan["planned_gib"] == pytest.approx(row["peak_gib"], rel=0.05)
+        ratio = row["step_s"] / plan["planned_s"]
+        # 32,768 tokens gave attention's rate; steps of 8192 wait for launches and FSDP2 as well.
+        assert 0.9 < ratio < (1.1 if row["T"] == 32768 else 1.4), (row["name"], ratio)
 
 
 def test_memory_by_hand(qwen):
