@@ -64,12 +64,8 @@ class FastMoEEP(upstream.EPImplementation):
             return self._call(hidden_states, top_k_index, top_k_weights)
 
     def _call(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.config._experts_implementation == "eager":
-            # A rank without tokens would leave the graph, and the others' backward wait for it.
-            raise ValueError(
-                'experts_implementation="eager" does not train under ep_implementation="fastmoe": '
-                'use "fastmoe" or "grouped_mm"'
-            )
+        if torch.is_grad_enabled():
+            self._refuse_wrong_gradients(hidden_states.dtype)
         if self.shares_batch:
             return self.shared(hidden_states, top_k_index, top_k_weights)
         own = (hidden_states, top_k_index, top_k_weights)
@@ -79,6 +75,24 @@ class FastMoEEP(upstream.EPImplementation):
         if self.tp_mesh.size() > 1:
             out = _redistribute(out, self.tp_mesh, Shard(0), Replicate(), hidden_states.shape)
         return out
+
+    def _refuse_wrong_gradients(self, dtype: torch.dtype) -> None:
+        if self.config._experts_implementation == "eager":
+            # A rank without tokens would leave the graph, and the others' backward wait for it.
+            raise ValueError(
+                'experts_implementation="eager" does not train under ep_implementation="fastmoe": '
+                'use "fastmoe" or "grouped_mm"'
+            )
+        # FSDP2 divides twice by the factor that transformers 5.23 sets on experts without copies,
+        # in any dtype but these two: their gradients come out smaller by dp_size, silently.
+        layout = getattr(self.config, "distributed_config", None)
+        divided = layout is not None and layout.efsdp_size == 1 and layout.dp_size > 1
+        if divided and dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"{dtype} gradients of experts come out {layout.dp_size} times too small under "
+                f"FSDP2 with ep_size={layout.ep_size} and one copy of each expert: train in "
+                "bfloat16 or float32, or with a smaller ep_size"
+            )
 
     def _exchanged(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         lengths = agree(self.group, self.layer, x, ids, weights)
