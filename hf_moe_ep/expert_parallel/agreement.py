@@ -12,10 +12,10 @@ import socket
 import tempfile
 import time
 import zlib
-from dataclasses import astuple, dataclass, fields
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,7 @@ from torch.distributed import ProcessGroup
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """One rank's view of one call. All but `tokens` must be equal on every rank."""
 
     layer: int  # which of the group's experts modules this is, in the order of set-up. 3
@@ -70,12 +69,12 @@ def agree(group: ProcessGroup, layer: int, x: Tensor, ids: Tensor, weights: Tens
 
 def _compare(group: ProcessGroup, mine: Facts) -> list[int]:
     """By gloo: the tokens of every rank, or a ValueError that shows who differs."""
-    host, row = host_group(group), torch.tensor(astuple(mine))
+    host, row = host_group(group), torch.tensor(mine)
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(host))]
     dist.all_gather(rows, row, group=host)
     everyone = [Facts(*r) for r in torch.stack(rows).tolist()]
     ranks = dist.get_process_group_ranks(group)
-    for name in (f.name for f in fields(Facts) if f.name != "tokens"):
+    for name in Facts._fields[:-1]:  # all but tokens
         values = [getattr(facts, name) for facts in everyone]
         if len(set(values)) > 1:
             shown = [_DTYPES[v] for v in values] if name == "dtype" else values
@@ -118,7 +117,7 @@ class Board:
         """
         self.calls += 1
         call, first = self.calls & 0xFFFF, self.calls % 2 * len(self.pids)
-        check = zlib.crc32(repr(astuple(mine)[:-1]).encode()) & 0xFFFF
+        check = zlib.crc32(repr(mine[:-1]).encode()) & 0xFFFF
         self.words[first + self.me] = call << 48 | check << 32 | mine.tokens
         words = [self._wait(first + i, i, call) for i in range(len(self.pids))]
         if any(word >> 32 & 0xFFFF != check for word in words):
@@ -151,24 +150,28 @@ def shared_board(group: ProcessGroup) -> Board | None:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(bytes(2 * n * 8))
             path = file.name
-    everyone = [None] * n
-    dist.all_gather_object(everyone, (socket.gethostname(), os.getpid(), path), group=host)
+    everyone = gathered((socket.gethostname(), os.getpid(), path), host)
     path = Path(everyone[0][2])
     shared = len({name for name, _, _ in everyone}) == 1 and path.exists()
-    answers = [None] * n
-    dist.all_gather_object(answers, shared, group=host)
     board = None
-    if all(answers):
+    if all(gathered(shared, host)):
         ranks = dist.get_process_group_ranks(group)
-        board = Board(path, [pid for _, pid, _ in everyone], ranks, me, _timeout(host))
+        board = Board(path, [pid for _, pid, _ in everyone], ranks, me, timeout_of(host, "cpu"))
     dist.barrier(group=host)
     if me == 0:
         path.unlink()
     return board
 
 
-def _timeout(group: ProcessGroup) -> timedelta:
-    return group._get_backend(torch.device("cpu")).options._timeout
+def gathered(value: Any, group: ProcessGroup) -> list:
+    """The value of every rank of the group, in rank order."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def timeout_of(group: ProcessGroup, device_type: str) -> timedelta:
+    return group._get_backend(torch.device(device_type)).options._timeout
 
 
 def _alive(pid: int) -> bool:

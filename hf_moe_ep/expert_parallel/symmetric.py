@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..kernel import get_kernel
+from .agreement import gathered, timeout_of
 from .exchange import Plan
 
 fastmoe = get_kernel()
@@ -100,7 +101,7 @@ class SharedMemory:
     def __init__(self, group: ProcessGroup, device: torch.device):
         self.group, self.device = group, device
         self.rank = dist.get_rank(group)
-        self.timeout_ms = int(_timeout_s(group) * 1000)
+        self.timeout_ms = int(timeout_of(group, "cuda").total_seconds() * 1000)
         self.regions: dict[str, _Region] = {}
         self.barriers = 0
         self.captured = False  # replays run between barriers that this count does not see
@@ -156,24 +157,18 @@ def shared_memory(group: ProcessGroup, device: torch.device) -> SharedMemory:
     return SharedMemory(group, device)
 
 
+@cache
 def reachable(group: ProcessGroup) -> bool:
-    """Whether every GPU of the group can read every other's memory. A collective call.
+    """Whether every GPU of the group can read every other's memory. Collective, the first time.
 
     GPUs of one host, each with peer access to the others. All ranks get the same answer.
     """
     if not torch.cuda.is_available() or dist.get_backend(group) != "nccl":
         return False
     mine = (socket.gethostname(), torch.cuda.current_device())
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = gathered(mine, group)
     if len({host for host, _ in everyone}) > 1:
         return False
     devices = [device for _, device in everyone if device != mine[1]]
     can = all(torch.cuda.can_device_access_peer(mine[1], device) for device in devices)
-    answers = [None] * len(everyone)
-    dist.all_gather_object(answers, can, group=group)
-    return all(answers)
-
-
-def _timeout_s(group: ProcessGroup) -> float:
-    return group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
+    return all(gathered(can, group))
