@@ -118,7 +118,7 @@ def _train(result: Result) -> str:
 
 
 def _train_short(result: Result) -> str:
-    """Step times side by side: milliseconds, and the share of the limit for ours."""
+    """Step times side by side, milliseconds."""
     names = list(dict.fromkeys(r["implementation"] for r in result["rows"] if not _status(r)))
     cells = {(_key(r), r["implementation"]): r for r in result["rows"]}
     lines = []
@@ -271,6 +271,9 @@ TABLES: dict[str, Callable[[Result], str]] = {
 }
 
 
+SPREAD = ("train", "decode", "ep", "sequence")  # the tables that show one
+
+
 def table(result: Result, short: bool = False) -> str:
     """The Markdown of one result: its table, what is missing from it, and where it comes from.
 
@@ -282,10 +285,11 @@ def table(result: Result, short: bool = False) -> str:
     absent = dict.fromkeys(
         f"{r['implementation']}: {s}" for r in result["rows"] if (s := _status(r))
     )
-    return "\n\n".join([TABLES[kind](result), *absent, _provenance(result)])
+    spread = " Medians, in brackets the 10th and 90th percentile." if kind in SPREAD else ""
+    return "\n\n".join([TABLES[kind](result), *absent, _provenance(result, spread)])
 
 
-def _provenance(result: Result) -> str:
+def _provenance(result: Result, spread: str) -> str:
     env = result["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
     driver = f", driver {env['driver']}" if env["driver"] else ""
@@ -293,7 +297,7 @@ def _provenance(result: Result) -> str:
     streamed = f" Memory bandwidth measured: {bandwidth:.0f} GB/s." if bandwidth else ""
     return (
         f"{env['device']}{driver}, {versions}, {result['dtype']}, {env['date'][:10]}, "
-        f"commit {env['commit']}. Medians, in brackets the 10th and 90th percentile."
+        f"commit {env['commit']}.{spread}"
         f"{streamed} `{env['command']}`"
     )
 
