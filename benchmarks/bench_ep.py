@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from . import gate, report
 from .environment import describe, device_slug, torchrun
 from .problems import TRAINING, Inputs, Problem, make_inputs
+from .ranks import join, slowest
 from .timing import ColdCache, interleave, memory_of_step, synchronize
 
 TRANSFORMERS = "transformers"
@@ -49,12 +51,8 @@ class Bench:
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    on_gpu = torch.cuda.is_available()
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = join()
+    on_gpu = device.type == "cuda"
     mesh = init_device_mesh(device.type, (dist.get_world_size(), 1), mesh_dim_names=("ep", "tp"))
     dtype = torch.bfloat16 if on_gpu else torch.float32
     bench = Bench(device, dtype, args.seconds, mesh)
@@ -272,12 +270,8 @@ def _interleaved(calls: dict[str, Callable], bench: Bench) -> dict[str, dict]:
         cold()
         dist.all_reduce(flag)
 
-    def slowest(times: list[float]) -> list[float]:
-        every = torch.tensor(times, device=bench.device)
-        dist.all_reduce(every, dist.ReduceOp.MAX)
-        return every.tolist()
-
-    spreads = interleave(calls, bench.device, bench.seconds, before, slowest)
+    agree = partial(slowest, device=bench.device)
+    spreads = interleave(calls, bench.device, bench.seconds, before, agree)
     return {name: asdict(times) for name, times in spreads.items()}
 
 

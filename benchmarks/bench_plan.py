@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from hf_moe_ep.training import clip_grad_norm_, count_flops, param_groups, peak_
 
 from .bench_sequence import QWEN3_30B_A3B, TINY, loss_of, sequence
 from .environment import describe, device_slug, torchrun
+from .ranks import join, slowest
 from .timing import synchronize
 
 GIB = 2**30
@@ -70,11 +70,8 @@ def points(ranks: int) -> dict[str, Point]:
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = join()
+    on_gpu = device.type == "cuda"
     ranks = dist.get_world_size()
     chosen = points(ranks)
     chosen = {name: chosen[name] for name in (args.points or ",".join(chosen)).split(",")}
@@ -137,8 +134,8 @@ def measure(point: Point, args: argparse.Namespace, device: torch.device) -> dic
         times.append(time.perf_counter() - start)
     if not torch.isfinite(loss):
         raise ValueError(f"{point}: the loss is {loss.item()}")
-    seconds = slowest(sorted(times[2:])[len(times[2:]) // 2], device)
-    peak = slowest(torch.cuda.max_memory_allocated(device) / GIB, device) if on_gpu else None
+    seconds = slowest([sorted(times[2:])[len(times[2:]) // 2]], device)[0]
+    peak = slowest([torch.cuda.max_memory_allocated(device) / GIB], device)[0] if on_gpu else None
     done = groups * point.micro_batches * tokens
     row |= {"step_s": seconds, "tokens_per_s": done / seconds, "peak_gib": peak}
     row["peak_over_plan"] = peak / row["planned_gib"] if on_gpu else None
@@ -207,13 +204,6 @@ def train_step(model: nn.Module, optimizer, ids: torch.Tensor, micro_batches: in
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
-
-
-def slowest(value: float, device: torch.device) -> float:
-    """The largest of all ranks' values."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 if __name__ == "__main__":

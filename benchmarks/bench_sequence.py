@@ -29,6 +29,7 @@ from hf_moe_ep import DistributedConfig
 from hf_moe_ep.sequence_parallel import enable_sequence_parallel
 
 from .environment import describe, device_slug, torchrun
+from .ranks import join, slowest
 from .timing import spread, synchronize
 
 GIB = 2**30
@@ -62,11 +63,8 @@ LONG = 4096  # the longest sequence is found to a multiple of this
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = join()
+    on_gpu = device.type == "cuda"
     sizes, dtype = (QWEN3_30B_A3B, torch.bfloat16) if on_gpu else (TINY, torch.float32)
     ranks = dist.get_world_size()
     models = {size: make_model(sizes, args, size, dtype, device) for size in (1, ranks)}
@@ -208,10 +206,7 @@ def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
     start = time.perf_counter()
     call()
     synchronize(device)
-    ms = torch.tensor(1e3 * (time.perf_counter() - start), dtype=torch.float64)
-    ms = ms.to(device)
-    dist.all_reduce(ms, dist.ReduceOp.MAX)
-    return ms.item()
+    return slowest([1e3 * (time.perf_counter() - start)], device)[0]
 
 
 def memory_of(model: nn.Module, ids: Tensor, device: torch.device) -> dict:
@@ -228,10 +223,8 @@ def memory_of(model: nn.Module, ids: Tensor, device: torch.device) -> dict:
     loss.backward()
     peak = torch.cuda.max_memory_allocated(device)
     model.zero_grad()
-    values = torch.tensor([kept, peak - before, peak], dtype=torch.float64, device=device)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    names = ("activations_gib", "peak_gib", "process_gib")
-    return dict(zip(names, (values / GIB).tolist(), strict=True))
+    values = slowest([v / GIB for v in (kept, peak - before, peak)], device)
+    return dict(zip(("activations_gib", "peak_gib", "process_gib"), values, strict=True))
 
 
 def longest(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from hf_moe_ep.cli.demo.data import documents
 from hf_moe_ep.training import FiniteCheck, clip_grad_norm_, param_groups
 
 from .environment import describe, device_slug, torchrun
+from .ranks import join
 from .timing import synchronize
 
 BYTES = 256
@@ -37,12 +37,7 @@ AGREE = 0.02  # relative difference of their mean losses there
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    on_gpu = torch.cuda.is_available()
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = join()
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
         dist.broadcast_object_list(shared)
