@@ -36,6 +36,14 @@ class Problem:
         """Multiply-adds of the forward GEMMs, times two; a training step does three times that."""
         return 2 * self.T * self.K * (3 if self.gated else 2) * self.H * self.I
 
+    @property
+    def gate_options(self) -> dict[str, object]:
+        """What `fastmoe.Gate` is made of; unit inputs reach the low limit of "clamped"."""
+        if self.gate == "clamped":
+            constants = dict(activation="silu", alpha=1.702, limit=1.0, up_offset=1.0)
+            return constants | dict(interleaved=self.interleaved)
+        return dict(activation=self.gate, gated=self.gated, interleaved=self.interleaved)
+
     def at(self, tokens: int) -> Problem:
         return replace(self, T=tokens)
 

@@ -259,6 +259,16 @@ def _plan(result: Result) -> str:
     return _markdown(header, lines)
 
 
+def _random(result: Result) -> str:
+    """Random problems: how many passed, and the largest error as a share of what is allowed."""
+    lines = [
+        [r["dtype"], str(r["problems"]), str(r["passed"]), _get(r, "used"), r["where"]]
+        for r in result["rows"]
+    ]
+    header = ["dtype", "problems", "passed", "largest error / allowed", "in"]
+    return _markdown(header, lines)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "train": _train,
     "train:short": _train_short,
@@ -268,6 +278,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "ep": _ep,
     "plan": _plan,
     "sequence": _sequence,
+    "random": _random,
 }
 
 

@@ -14,10 +14,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32] if DEVICE == "cuda" else
 
 
 def gate_of(p: Problem) -> fastmoe.Gate:
-    """The gate of a problem; "clamped" is gpt-oss's, its limit so low that unit inputs reach it."""
-    if p.gate == "clamped":
-        return fastmoe.Gate("silu", True, p.interleaved, alpha=1.702, limit=1.0, up_offset=1.0)
-    return fastmoe.Gate(p.gate, gated=p.gated, interleaved=p.interleaved)
+    return fastmoe.Gate(**p.gate_options)
 
 
 def run(function, p: Problem, inputs: Inputs, dtype: torch.dtype | None = None, **options):
