@@ -55,11 +55,18 @@ def _rank(rank: int, function, args, folder: str, world: int, port: int, timeout
     torch.manual_seed(0)
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    else:
+        hide_gpus()
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     result = function(*args)
     torch.save(result, Path(folder) / str(rank))
     dist.barrier()  # nobody leaves while another still needs the connection
     dist.destroy_process_group()
+
+
+def hide_gpus() -> None:
+    """Before this process looks for any: gloo's ranks compute on the CPU on every machine."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _free_port() -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.distributed.ranks import _free_port
+from tests.distributed.ranks import _free_port, hide_gpus
 
 
 def outcomes(world: int, function, *args, within: float, timeout: float = 20) -> list:
@@ -45,6 +45,7 @@ def _rank(rank: int, function, args, folder: str, world: int, port: int, timeout
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    hide_gpus()
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
         result = function(*args)
