@@ -140,27 +140,30 @@ def share(inputs: dict, group: int, groups: int) -> dict:
 
 def worst_error(got: dict, want: dict) -> tuple[str, float]:
     """The name with the largest error relative to the reference, in the Euclidean norm."""
+    return max(errors_of(got, want).items(), key=lambda item: item[1])
+
+
+def errors_of(got: dict, want: dict) -> dict[str, float]:
+    """Name -> error relative to the reference, in the Euclidean norm."""
     errors = {}
     for name, reference in want.items():
         ours = got[name]
         assert (ours is None) == (reference is None), f"{name}: only one has a gradient"
-        if ours is None or not reference.any():
-            continue
-        ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
-        errors[name] = ((ours - reference).norm() / reference.norm()).item()
-    return max(errors.items(), key=lambda item: item[1])
+        if ours is not None and reference.any():
+            errors[name] = ((ours - reference).norm() / reference.norm()).item()
+    return errors
 
 
-def worst_errors(load, saved, cases: dict[str, Case], shared_by: int) -> dict:
-    """Case -> the name with the largest error relative to one process, and that error.
+def sharded_results(load, saved, cases: dict[str, Case], shared_by: int) -> dict[str, dict]:
+    """Case -> the loss of all ranks, and this rank's view of every whole gradient.
 
     `load(folder, case)` gives the sharded model; `shared_by` consecutive ranks see the same rows.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     groups, group = world // shared_by, rank // shared_by
-    worst = {}
+    found = {}
     for folder, names in saved:
-        model, references = load(folder, cases[names[0]]), torch.load(folder / "reference.pt")
+        model = load(folder, cases[names[0]])
         if cases[names[0]].checkpointing:
             model.train()
             model.activation_checkpointing_enable()
@@ -168,8 +171,21 @@ def worst_errors(load, saved, cases: dict[str, Case], shared_by: int) -> dict:
             got = results(model, [share(inputs, group, groups) for inputs in cases[name].batches])
             dist.all_reduce(got["loss"])
             got["loss"] /= world
-            worst[name] = worst_error(got, references[name])
-    return worst
+            found[name] = {
+                k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in got.items()
+            }
+    return found
+
+
+def references_of(saved) -> dict[str, dict]:
+    """Case -> what one process gets."""
+    return {n: r for folder, _ in saved for n, r in torch.load(folder / "reference.pt").items()}
+
+
+def worst_errors(load, saved, cases: dict[str, Case], shared_by: int) -> dict:
+    """Case -> the name with the largest error relative to one process, and that error."""
+    want, got = references_of(saved), sharded_results(load, saved, cases, shared_by)
+    return {name: worst_error(got[name], want[name]) for name in got}
 
 
 def load_ulysses(sp_size: int, ep_size: int, folder, case: Case):
