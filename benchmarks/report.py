@@ -269,6 +269,33 @@ def _random(result: Result) -> str:
     return _markdown(header, lines)
 
 
+def _sanitize(result: Result) -> str:
+    """What compute-sanitizer found, and in which kernels."""
+    lines = []
+    for row in result["rows"]:
+        places = ", ".join(f"`{k}` {n}" for k, n in row["kernels"].items()) or "-"
+        lines.append([row["tool"], str(row["errors"]), str(row["warnings"]), places])
+    return _markdown(["compute-sanitizer", "errors", "warnings", "in"], lines)
+
+
+def _sft(result: Result) -> str:
+    """Whole models through `hf-moe-ep sft`; how many times as fast as the first row."""
+    rows = [row for row in result["rows"] if not _status(row)]
+    lines = []
+    for row in rows:
+        label = row["implementation"]
+        ours = label.startswith(("fastmoe", "recipe"))
+        faster = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        lines.append(
+            [str(row["layers"]), str(row["gpus"]), f"**{label}**" if ours else label]
+            + [f"{row['tokens_per_step']:,}", _ms(row, "step"), f"{row['tokens_per_s']:,.0f}"]
+            + [f"{faster:.2f}", f"{row['mfu']:.1%}" if row.get("mfu") else "-"]
+            + [_get(row, "peak_gib")]
+        )
+    header = ["layers", "GPUs", "", "tokens per step", "step ms", "tokens/s", "of the first row"]
+    return _markdown([*header, "MFU", "peak GiB"], lines)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "train": _train,
     "train:short": _train_short,
@@ -278,11 +305,13 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "ep": _ep,
     "plan": _plan,
     "sequence": _sequence,
+    "sft": _sft,
     "random": _random,
+    "sanitize": _sanitize,
 }
 
 
-SPREAD = ("train", "decode", "ep", "sequence")  # the tables that show one
+SPREAD = ("train", "decode", "ep", "sequence", "sft")  # the tables that show one
 
 
 def table(result: Result, short: bool = False) -> str:

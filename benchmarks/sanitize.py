@@ -1,0 +1,177 @@
+"""Every kernel on small shapes under NVIDIA's compute-sanitizer: bad memory accesses and races.
+
+    python -m benchmarks.sanitize --out bench_output
+
+A first run without the tool fills Triton's cache, then each tool runs the same cases in a process
+of its own, every tensor an allocation of its own. The exit status is 1 on a finding, a warning
+counts, and 2 where the tool is missing or did not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hf_moe_ep.kernel import get_kernel
+
+from . import report
+from .environment import command, describe, device_slug
+from .problems import Inputs, Problem, make_inputs
+
+TOOLS = ("memcheck", "racecheck")
+LIMIT_S = 400  # of one tool
+SUMMARY = {
+    "memcheck": re.compile(r"ERROR SUMMARY: (?P<errors>\d+) error"),
+    "racecheck": re.compile(
+        r"RACECHECK SUMMARY: \d+ hazards? displayed"
+        r" \((?P<errors>\d+) errors?, (?P<warnings>\d+) warnings?\)"
+    ),
+}
+KERNEL = re.compile(r"\bat (\w+)\+0x[0-9a-f]+")
+
+# Tiles of 128, 64, 32 and 16 rows; sizes for the Hopper weight gradient, for bulk copies alone, and
+# for neither. T, H, I, E, K.
+_TILES = Problem("tiles", 400, 256, 128, 4, 2, sentinels=0.2)
+_GPT_OSS = dict(gate="clamped", bias=True, transposed=True, interleaved=True)
+CASES = (
+    (_TILES, "bfloat16"),
+    (replace(_TILES, T=100, transposed=True), "float16"),
+    (replace(_TILES, T=50), "bfloat16"),
+    (Problem("bulk", 30, 136, 72, 4, 2, skew=1.0), "bfloat16"),
+    (Problem("gpt_oss", 150, 136, 136, 4, 2, **_GPT_OSS), "bfloat16"),
+    (Problem("odd", 70, 133, 67, 3, 3, bias=True, gate="gelu_tanh"), "bfloat16"),
+    (Problem("ungated", 40, 64, 96, 5, 1, gated=False, gate="relu2"), "float16"),
+    (Problem("fp32", 90, 96, 80, 4, 2), "float32"),
+)
+
+
+def run_cases(device: str) -> None:
+    """Forward and backward, without gradients, a few tokens, a gate as written, and the exchange.
+
+    Raises RuntimeError for a value that is not finite.
+    """
+    kernel = get_kernel()
+    for p, dtype in CASES:
+        inputs = make_inputs(p, getattr(torch, dtype if device == "cuda" else "float32"))
+        inputs = Inputs(**{n: t if t is None else t.to(device) for n, t in vars(inputs).items()})
+        gate = kernel.Gate(**p.gate_options)
+        leaves = [t.requires_grad_() for t in inputs.leaves().values()]
+        gates = [gate] if p.bias else [gate, lambda h, g=gate: g(h)]
+        for function in gates:
+            out = _experts(kernel, p, inputs, function, slice(None))
+            found = [out, *torch.autograd.grad(out, leaves, inputs.grad)]
+        with torch.no_grad():
+            found += [_experts(kernel, p, inputs, gate, slice(0, n)) for n in (p.T, 4, 1)]
+        if not all(bool(t.isfinite().all()) for t in found):
+            raise RuntimeError(f"{p.name} {dtype}: a value is not finite")
+    if kernel.backend_name(torch.empty(0, device=device)) == "triton":
+        _exchange(kernel.exchange, device)
+
+
+def _experts(kernel, p: Problem, i: Inputs, gate, tokens: slice) -> torch.Tensor:
+    return kernel.fused_experts(
+        i.x[tokens], i.top_k_index[tokens], i.top_k_weights[tokens], i.up, i.down, gate=gate,
+        up_bias=i.up_bias, down_bias=i.down_bias, is_transposed=p.transposed,
+    )  # fmt: skip
+
+
+def _exchange(exchange, device: str) -> None:
+    """The kernels that read peers' memory, every rank's buffer on this device."""
+    ranks, tokens, hidden, top_k, experts = 2, 9, 136, 3, 4  # experts of each rank
+    x = [torch.ones(tokens, hidden, device=device) for _ in range(ranks)]
+    ids = torch.arange(tokens * top_k, device=device).view(tokens, top_k) % (ranks * experts)
+    weights = torch.ones(tokens, top_k, device=device)
+    routes = [
+        torch.empty(tokens * 2 * top_k * 4, dtype=torch.uint8, device=device) for _ in range(ranks)
+    ]
+    for place in routes:
+        exchange.write_routes(place, ids[:-1], weights[:-1], tokens)
+    boards, rows = (torch.tensor([t.data_ptr() for t in ts], device=device) for ts in (routes, x))
+    local, _ = exchange.pull_routes(boards, tokens, top_k, 0, experts, torch.float32)
+    exchange.pull_rows(rows, local, hidden, experts, torch.float32)
+    partials = [torch.ones(ranks * tokens, hidden, device=device) for _ in range(ranks)]
+    places = torch.tensor([t.data_ptr() for t in partials], device=device)
+    sums = exchange.pull_sums(places, 0, ids, tokens, 0, hidden, experts, torch.float32)
+    if not bool(((sums == 1) | (sums == 2)).all()):
+        raise RuntimeError("exchange: sums of ones over one or two ranks are neither 1 nor 2")
+
+
+def under(tool: str) -> dict[str, object]:
+    """A row for JSON: the findings of one tool. Raises RuntimeError when it did not run through."""
+    cases = [sys.executable, "-m", f"{__package__}.sanitize", "--cases"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, *cases],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    summary = SUMMARY[tool].search(output)
+    counts = {k: int(v) for k, v in summary.groupdict().items()} if summary else {}
+    if not summary or (done.returncode and not any(counts.values())):
+        raise RuntimeError(f"{tool} did not run (status {done.returncode}):\n{output[-3000:]}")
+    if any(counts.values()):
+        print(output[-8000:])
+    return {
+        "implementation": "fastmoe",
+        "tool": tool,
+        "errors": counts["errors"],
+        "warnings": counts.get("warnings", 0),
+        "kernels": dict(Counter(KERNEL.findall(output))),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser.add_argument("--cases", action="store_true", help="run the cases alone, without a tool")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="with commas between")
+    parser.add_argument("--commit", help="for the record, where git cannot tell")
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.cases:
+        run_cases(device.type)
+        return 0
+    if unknown := set(args.tools.split(",")) - set(TOOLS):
+        parser.error(f"no tool is called {sorted(unknown)}; choose from {TOOLS}")
+    if device.type != "cuda" or shutil.which("compute-sanitizer") is None:
+        print("error: needs a CUDA GPU, and compute-sanitizer (part of the CUDA toolkit) on PATH")
+        return 2
+    started = time.perf_counter()
+    subprocess.check_call([sys.executable, "-m", f"{__package__}.sanitize", "--cases"])
+    print(f"[{time.perf_counter() - started:6.1f} s] compiled", flush=True)
+    try:
+        rows = [under(tool) for tool in args.tools.split(",")]
+    except (RuntimeError, subprocess.TimeoutExpired) as e:
+        print(f"error: {e}")
+        return 2
+    result = {
+        "benchmark": "sanitize",
+        "mode": "sanitize",
+        "dtype": ", ".join(dict.fromkeys(dtype for _, dtype in CASES)),
+        "rows": rows,
+        "environment": describe(
+            device, command("python -m benchmarks.sanitize", argv), args.commit
+        ),
+    }
+    path = args.out / f"sanitize-{device_slug(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{report.table(result)}\n{path}")
+    return int(any(row["errors"] or row["warnings"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
