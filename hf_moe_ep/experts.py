@@ -18,6 +18,9 @@ from .kernel import get_kernel
 
 fastmoe = get_kernel()
 
+# Names of `experts_implementation` that run fastmoe.
+NAMES = ("fastmoe", "fastmoe_lean")
+
 # Activation modules whose formula is one that the kernels fuse, by exact type: a subclass may
 # compute something else.
 _ACTIVATIONS = {
@@ -67,13 +70,14 @@ def fastmoe_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     routing: fastmoe.Routing | Callable | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """(T, H): the weighted sum of each token's experts. `routing` as in `fused_experts`.
+    """(T, H): the weighted sum of each token's experts.
 
-    Serves any experts module behind transformers' interface. Reads the flags that
-    `use_experts_implementation` sets (has_gate, has_bias, is_transposed, has_post_expert_norm) and
-    the module's own gate. Raises ValueError for weights that fastmoe cannot run, quantised ones
-    above all.
+    Serves any experts module behind transformers' interface; `routing` and `recompute` as in
+    `fused_experts`. Reads the flags that `use_experts_implementation` sets (has_gate, has_bias,
+    is_transposed, has_post_expert_norm) and the module's own gate. Raises ValueError for weights
+    that fastmoe cannot run, quantised ones above all.
     """
     name = "gate_up_proj" if self.has_gate else "up_proj"
     bias = self.has_bias
@@ -89,7 +93,13 @@ def fastmoe_experts_forward(
         is_transposed=self.is_transposed,
         post_norm=self.post_expert_norm if self.has_post_expert_norm else None,
         routing=routing,
+        recompute=recompute,
     )
+
+
+def lean_experts_forward(self: nn.Module, *args, **kwargs) -> torch.Tensor:
+    """`fastmoe_experts_forward` that keeps its input alone for backward. The same bits."""
+    return fastmoe_experts_forward(self, *args, recompute=True, **kwargs)
 
 
 def gate_of(module: nn.Module):

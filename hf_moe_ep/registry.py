@@ -10,15 +10,17 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import fastmoe_experts_forward, unsupported_fp8_experts_forward
-
-EXPERTS_NAME = "fastmoe"
+from . import experts
 
 
 def register() -> None:
-    """Make `experts_implementation="fastmoe"` known to transformers, and our styles. Idempotent."""
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, fastmoe_experts_forward)
-    ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, unsupported_fp8_experts_forward)
+    """Make `experts_implementation="fastmoe"` and "fastmoe_lean" known to transformers, and our
+    styles. Idempotent.
+    """
+    forwards = experts.fastmoe_experts_forward, experts.lean_experts_forward
+    for name, forward in zip(experts.NAMES, forwards, strict=True):
+        ALL_EXPERTS_FUNCTIONS.register(name, forward)
+        ALL_FP8_EXPERTS_FUNCTIONS.register(name, experts.unsupported_fp8_experts_forward)
     if torch.distributed.is_available():
         _register_distributed()
 

@@ -23,7 +23,10 @@ class FastMoEArguments:
 
     experts_implementation: str = field(
         default="fastmoe",
-        metadata={"help": "What computes the experts: fastmoe, eager, grouped_mm, batched_mm."},
+        metadata={
+            "help": "What computes the experts: fastmoe, fastmoe_lean (keeps its input alone for "
+            "backward), eager, grouped_mm, batched_mm."
+        },
     )
     ep_size: int | None = field(
         default=None,

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed import expert_parallel as upstream
 
+from ..experts import NAMES
 from .agreement import agree
 from .autograd import Combine, Dispatch, noted
 from .exchange import Exchange, GatherExchange, NodesExchange, RowsExchange
@@ -98,7 +99,7 @@ class FastMoEEP(upstream.EPImplementation):
         lengths = agree(self.group, self.layer, x, ids, weights)
         if not any(lengths):
             return x + 0.0 * weights.sum()  # nobody has a token: keep the graph, send nothing
-        fastmoe = self.config._experts_implementation == "fastmoe"
+        fastmoe = self.config._experts_implementation in NAMES
         rows, ids, weights, layout, routing = Dispatch.apply(
             x.contiguous(), weights, ids, self.exchange, lengths, fastmoe, self.where
         )
@@ -124,7 +125,7 @@ class AutoEP(upstream.AutoEP):
         self.fastmoe = FastMoEEP(experts, ep_mesh, tp_mesh)
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
-        if self.fastmoe.config._experts_implementation == "fastmoe":
+        if self.fastmoe.config._experts_implementation in NAMES:
             return self.fastmoe(hidden_states, top_k_index, top_k_weights)
         return super().__call__(hidden_states, top_k_index, top_k_weights)
 

@@ -81,6 +81,22 @@ def test_switching_back_and_forth_gives_the_same_bits(fastmoe_calls):
     assert relative_error(before, eager) < 1e-5
 
 
+# The default gate; interleaved with biases; a norm after each expert, which runs as written.
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "muse_spark"])
+def test_lean_experts_give_the_same_bits(name):
+    model = model_of(name).train()
+    expected = forward_backward(model)
+    model.zero_grad()
+    model.set_experts_implementation("fastmoe_lean")
+    assert all(m.config._experts_implementation == "fastmoe_lean" for m in experts_of(model))
+    for key, want in forward_backward(model).items():
+        assert torch.equal(expected[key], want), key
+
+
+def experts_of(model):
+    return experts_modules(model).values()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_save_and_load(name, tmp_path):
     model = model_of(name)

@@ -39,21 +39,25 @@ def fused_forward(x, weights, up, down, up_bias, down_bias, layer: Layer, gate: 
 class FusedExperts(torch.autograd.Function):
     """up -> gate -> down -> weighted sum.
 
-    Saves x, h and the routing; never y, never a permuted copy of x.
+    Saves x, h and the routing; never y, never a permuted copy of x. With `recompute` not h either:
+    backward begins with the up projection, by the same kernel, and so has the same bits.
     """
 
     @staticmethod
     def forward(
         ctx, x, weights, up, down, up_bias, down_bias,
-        top_k_index, gate, transposed, block_m, *routing,
+        top_k_index, gate, transposed, recompute, block_m, *routing,
     ):  # fmt: skip
         layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
-        out, h = fused_forward(x, weights, up, down, up_bias, down_bias, layer, gate, True)
-        needed_x = x if ctx.needs_input_grad[2] else None  # only the up weight's gradient reads it
+        operands = (x, weights, up, down, up_bias, down_bias)
+        out, h = fused_forward(*operands, layer, gate, keep_h=not recompute)
+        # Besides the up projection, only the up weight's gradient reads x.
+        needed_x = x if recompute or ctx.needs_input_grad[2] else None
         ctx.save_for_backward(
             needed_x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing
         )
         ctx.gate, ctx.transposed, ctx.block_m = gate, transposed, block_m
+        ctx.recompute = recompute
         return out
 
     @staticmethod
@@ -69,6 +73,8 @@ class FusedExperts(torch.autograd.Function):
         grad = grad.contiguous()
         d_x = d_weights = d_up = d_down = d_up_bias = d_down_bias = None
 
+        if ctx.recompute:
+            h = ops.up_gate(x, up, up_bias, *layer.args, gate, layer.transposed, True)[0]
         grad_h, a, dots = ops.gate_backward(
             grad, weights, down, h, *layer.args, gate, layer.transposed, need_down, need_weights
         )
@@ -90,7 +96,7 @@ class FusedExperts(torch.autograd.Function):
             del d_rows
         if need_up:
             d_up = ops.weight_grad(grad_h, x, *layer.args, True, layer.transposed)
-        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (4 + len(routing))
+        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (5 + len(routing))
 
 
 class GroupedLinear(torch.autograd.Function):

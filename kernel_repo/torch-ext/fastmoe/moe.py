@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import decode, ops, tuning
 from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
@@ -34,6 +35,7 @@ def fused_experts(
     is_transposed: bool = False,
     post_norm: Callable[[Tensor], Tensor] | None = None,
     routing: Routing | Callable[[], Routing] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]).
 
@@ -53,6 +55,8 @@ def fused_experts(
         routing: what `route_experts` made of these ids before, so that the caller may know how many
             rows it has; buffers get as many as its perm instead of T*K. Or a function that gives
             it, called when everything else is ready, because it may have to wait for that number.
+        recompute: keep x and the routing alone between forward and backward, and project up again
+            in backward: a fifth more GEMM work, and the same bits.
 
     Returns:
         (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device,
@@ -66,7 +70,7 @@ def fused_experts(
 
     Memory between forward and backward: x, the up projection (S, U) and the routing, nothing else
     (the scheme of SonicMoE, arXiv 2512.14080). A `gate` function or `post_norm` also keeps what
-    autograd keeps for it.
+    autograd keeps for it, and with `recompute` runs once more in backward.
     """
     up, down, is_transposed = _plain_layout(up, down, is_transposed)
     gated = not isinstance(gate, Gate) or gate.gated
@@ -95,20 +99,22 @@ def fused_experts(
     )
     ids = top_k_index.contiguous()
     if isinstance(gate, Gate) and post_norm is None:
-        out = _fused(*operands, ids, gate, is_transposed, routing)
+        out = _fused(*operands, ids, gate, is_transposed, recompute, routing)
     else:
-        out = _as_written(*operands, ids, gate, post_norm, is_transposed, routing)
+        out = _as_written(*operands, ids, gate, post_norm, is_transposed, recompute, routing)
     return out.to(x.dtype)
 
 
 def _fused(
-    x, weights, up, down, up_bias, down_bias, ids, gate: Gate, transposed: bool, routing
+    x, weights, up, down, up_bias, down_bias, ids, gate: Gate, transposed, recompute, routing
 ) -> Tensor:
     """The path whose gate the kernels know: differentiable, for inference, or for a few tokens."""
     operands = (x, weights, up, down, up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         block_m, parts = _route(x, ids, up.shape[0], routing)
-        return FusedExperts.apply(*operands, ids, gate.spec(), transposed, block_m, *parts)
+        return FusedExperts.apply(
+            *operands, ids, gate.spec(), transposed, recompute, block_m, *parts
+        )
     if decode.serves(x, ids.numel(), up.shape[0]):
         return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
     block_m, parts = _route(x, ids, up.shape[0], routing)
@@ -117,17 +123,24 @@ def _fused(
 
 
 def _as_written(
-    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm, transposed: bool, routing
+    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm, transposed, recompute, routing
 ) -> Tensor:
     """The path whose gate or norm is the model's own code, run by autograd on rows by expert."""
     block_m, parts = _route(x, ids, up.shape[0], routing)
     layout = (ids.shape[1], transposed, block_m, *parts)
-    h = GroupedLinear.apply(x, up, up_bias, True, *layout)
-    a = gate(h).to(down.dtype).contiguous()
-    y = GroupedLinear.apply(a, down, down_bias, False, *layout)
-    if post_norm is not None:
-        y = post_norm(y).contiguous()
-    return Combine.apply(y, weights, block_m, *parts)
+
+    def layer(x, weights, up, down, up_bias, down_bias):
+        h = GroupedLinear.apply(x, up, up_bias, True, *layout)
+        a = gate(h).to(down.dtype).contiguous()
+        y = GroupedLinear.apply(a, down, down_bias, False, *layout)
+        if post_norm is not None:
+            y = post_norm(y).contiguous()
+        return Combine.apply(y, weights, block_m, *parts)
+
+    operands = (x, weights, up, down, up_bias, down_bias)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *operands, use_reentrant=False)
+    return layer(*operands)
 
 
 def route_experts(x: Tensor, top_k_index: Tensor, num_experts: int, share: int = 1) -> Routing:
