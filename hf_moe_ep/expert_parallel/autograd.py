@@ -5,6 +5,7 @@ Shapes: x (T, H), ids and weights (T, K), rows (R, H) as in `exchange`.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +30,8 @@ class Dispatch(torch.autograd.Function):
         routing = None
         if route:
             routing = Routed(
-                fastmoe.route_experts(x, plan.ids, exchange.experts, share=len(lengths))
+                fastmoe.route_experts(x, plan.ids, exchange.experts, share=len(lengths)),
+                plan.slots,
             )
         rows = plan.layout.send(x)  # meanwhile the number of rows arrives
         ctx.layout, ctx.where = plan.layout, where
@@ -75,14 +77,19 @@ class Routed:
     """A routing whose number of rows, offsets[-1], is on its way to the host.
 
     The experts' buffers are fitted to it, where the worst case is as many times larger as there are
-    ranks. Not for few slots, nor while a CUDA graph is captured, where nothing can wait.
+    ranks. `rows` is that number where the host knows it. Nobody waits for it for few slots, with
+    HF_MOE_EP_WAIT=0, nor while a CUDA graph is captured, where nothing can wait.
     """
 
-    def __init__(self, routing):
-        self.routing, self.number = routing, None
+    def __init__(self, routing, rows: int | None = None):
+        self.routing = routing if rows is None else routing.cut(rows)
+        self.number = None
         on_gpu = routing.offsets.is_cuda
-        if routing.perm.numel() > FEW_SLOTS and not (
-            on_gpu and torch.cuda.is_current_stream_capturing()
+        patient = rows is None and os.environ.get("HF_MOE_EP_WAIT") != "0"
+        if (
+            patient
+            and routing.perm.numel() > FEW_SLOTS
+            and not (on_gpu and torch.cuda.is_current_stream_capturing())
         ):
             self.number = torch.empty(1, dtype=torch.int32, pin_memory=on_gpu)
             self.number.copy_(routing.offsets[-1:], non_blocking=True)

@@ -40,6 +40,7 @@ class Plan:
     ids: Tensor  # (R, K) int32 local ids; `experts` is the sentinel, an expert elsewhere. [[0, 4]]
     weights: Tensor  # (R, K) in the dtype of the routing weights, 0 at sentinels. [[0.7, 0.0]]
     layout: Layout
+    slots: int | None = None  # how many ids are no sentinels, where the host knows. 1
 
 
 class Exchange(Protocol):
@@ -102,13 +103,13 @@ class RowsExchange:
 
     def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
         wanted = _wanted(ids, self.experts, dist.get_world_size(self.group))
-        sent = wanted.sum(0)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        sent, received = torch.stack([sent, received]).tolist()
-        layout = _Rows(self.group, *_rank_major(wanted, sum(sent)), sent, received)
+        sent = torch.stack([wanted.sum(0), _pairs(ids, self.experts, wanted.shape[1])], 1)
+        received = _swapped(sent, self.group)
+        sent, received = torch.stack([sent, received]).mT.tolist()  # the one wait of a forward
+        layout = _rows(self.group, wanted, sent[0], received[0])
         routes = layout.send(_pack(ids, weights))
-        return Plan(*_local(routes, weights.dtype, self.group, self.experts), layout)
+        local = _local(routes, weights.dtype, self.group, self.experts)
+        return Plan(*local, layout, sum(received[1]))
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,37 @@ class NodesExchange:
     """
 
     def __init__(self, across: ProcessGroup, inside: ProcessGroup, experts: int):
-        self.experts = experts
-        self.across = RowsExchange(across, experts * dist.get_world_size(inside))
-        self.inside = RowsExchange(inside, experts)
+        self.across, self.inside, self.experts = across, inside, experts
+        self.nodes, self.places = dist.get_world_size(across), dist.get_world_size(inside)
 
     def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
-        outer = self.across.plan(ids, weights, lengths)
-        inner = self.inside.plan(outer.ids, outer.weights, lengths)
-        return Plan(inner.ids, inner.weights, _Nodes(outer.layout, inner.layout))
+        dtype, in_node = weights.dtype, self.experts * self.places
+        to_node = _wanted(ids, in_node, self.nodes)
+        (far, near), slots = self._sizes(ids, to_node)
+        across = _rows(self.across, to_node, *far)
+        ids, weights = _local(across.send(_pack(ids, weights)), dtype, self.across, in_node)
+        inside = _rows(self.inside, _wanted(ids, self.experts, self.places), *near)
+        local = _local(inside.send(_pack(ids, weights)), dtype, self.inside, self.experts)
+        return Plan(*local, _Nodes(across, inside), slots)
+
+    def _sizes(self, ids: Tensor, to_node: Tensor):
+        """((sent, received) across, (sent, received) inside) and the number of slots here.
+
+        What a rank will hand on inside another node, the senders can tell it together with what
+        they send, so that the host reads all sizes at once.
+        """
+        n, m = self.nodes, self.places
+        rows = _wanted(ids, self.experts, n * m).sum(0).view(n, m)  # what each rank will get
+        pairs = _pairs(ids, self.experts, n * m).view(n, m)
+        sent = torch.cat([to_node.sum(0).unsqueeze(1), rows, pairs], 1)  # (n, 1 + 2m)
+        received = _swapped(sent, self.across)
+        on = received[:, 1:].sum(0).view(2, m).T.contiguous()  # (m, 2) handed on
+        here = _swapped(on, self.inside)
+        far = torch.stack([sent[:, 0], received[:, 0]]).flatten()
+        near = torch.stack([on[:, 0], here[:, 0]]).flatten()
+        sizes = torch.cat([far, near, here[:, 1].sum(0, keepdim=True)]).tolist()
+        far, near = sizes[: 2 * n], sizes[2 * n : -1]
+        return ((far[:n], far[n:]), (near[:m], near[m:])), sizes[-1]
 
 
 @dataclass(frozen=True)
@@ -168,6 +192,23 @@ def _wanted(ids: Tensor, experts: int, n: int) -> Tensor:
     owner = (ids // experts).clamp(max=n).long()
     wanted = torch.zeros(ids.shape[0], n + 1, dtype=torch.bool, device=ids.device)
     return wanted.scatter_(1, owner, True)[:, :n]
+
+
+def _pairs(ids: Tensor, experts: int, n: int) -> Tensor:
+    """(n,) how many of the ids are of each rank's experts. Sentinels are of no rank's."""
+    owner = (ids // experts).clamp(max=n).long().flatten()
+    return owner.new_zeros(n + 1).scatter_add_(0, owner, torch.ones_like(owner))[:n]
+
+
+def _swapped(sizes: Tensor, group: ProcessGroup) -> Tensor:
+    """(n, ...): row r is what rank r has in the row of this rank."""
+    received = torch.empty_like(sizes)
+    dist.all_to_all_single(received, sizes, group=group)
+    return received
+
+
+def _rows(group: ProcessGroup, wanted: Tensor, sent: list[int], received: list[int]) -> _Rows:
+    return _Rows(group, *_rank_major(wanted, sum(sent)), sent, received)
 
 
 def _rank_major(wanted: Tensor, total: int) -> tuple[Tensor, Tensor]:
