@@ -5,7 +5,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from .. import recipes
@@ -38,6 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(script, training, model, mixture) -> None:
     """What TRL's script does with these, by a trainer that saves and resumes sharded models."""
+    trainer = make_trainer(script, training, model, mixture)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.end()
+
+
+def make_trainer(script, training, model, mixture, load: Callable | None = None):
+    """The SFTTrainer of `train`, with data and model loaded, before its first step.
+
+    `load(name, **model_init_kwargs)` makes the model, instead of TRL's `from_pretrained`.
+    """
     from datasets import load_dataset
     from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
@@ -61,19 +74,15 @@ def train(script, training, model, mixture) -> None:
         options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
         data = load_dataset(script.dataset_name, **options)
     evaluates = training.eval_strategy != "no"
-    trainer = Trainer(
-        model=model.model_name_or_path,
+    name = model.model_name_or_path
+    return Trainer(
+        model=name if load is None else load(name, **training.model_init_kwargs),
         args=training,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if evaluates else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.end()
 
 
 def prepare(argv: list[str]) -> tuple:

@@ -36,16 +36,17 @@ class ExpertLoadSampler:
         self.rows = torch.zeros(len(modules), columns, dtype=torch.int64, device=device)
         self.active = False
         self._handles = [
-            m.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
-            for layer, m in enumerate(modules)
+            m.register_forward_pre_hook(self._hook(rows), with_kwargs=True)
+            for rows, m in zip(self.rows, modules, strict=True)
         ]
 
-    def _hook(self, layer: int):
+    def _hook(self, rows: torch.Tensor):
+        # A row of self.rows, not its number: torch.compile would compile each layer anew for that.
         def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self.active and module.training:
                 ids = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-                ids = ids.detach().flatten().long().clamp(max=self.rows.shape[1] - 1)
-                self.rows[layer].scatter_add_(0, ids, torch.ones_like(ids))
+                ids = ids.detach().flatten().long().clamp(max=rows.shape[0] - 1)
+                rows.scatter_add_(0, ids, torch.ones_like(ids))
 
         return count
 
