@@ -296,6 +296,33 @@ def _sft(result: Result) -> str:
     return _markdown([*header, "MFU", "peak GiB"], lines)
 
 
+def _generate(result: Result) -> str:
+    """generate() with only the experts exchanged."""
+    names = {"grouped_mm": "grouped_mm; decodes by batched_mm"}
+    names |= {"grouped_mm_in_decode": "grouped_mm throughout"}
+    lines = []
+    for row in result["rows"]:
+        if _status(row):
+            continue
+        label = names.get(row["implementation"], _label(row["implementation"], result))
+        lines.append(
+            [str(row["batch"]), str(row["prompt"]), str(row["new"]), row["cache"], label]
+            + [f"{row['tokens_per_s']:,.1f}", _number(row["ms_per_step"]), _number(row["first_s"])]
+        )
+    header = ["sequences", "prompt", "new tokens", "cache", "experts", "tokens/s", "ms a token"]
+    return _markdown([*header, "first call s"], lines)
+
+
+def _router(result: Result) -> str:
+    """A decoder layer's parts, and what its sparse block spends around the experts."""
+    lines = []
+    for row in result["rows"]:
+        cells = [row["part"], _number(row["forward_ms"]), f"{row['share']['forward']:.1%}"]
+        lines.append([*cells, _number(row["step_ms"]), f"{row['share']['step']:.1%}"])
+    header = [f"{result['tokens']} tokens", "forward ms", "of the layer"]
+    return _markdown([*header, "forward + backward ms", "of the layer"], lines)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "train": _train,
     "train:short": _train_short,
@@ -308,6 +335,8 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "sft": _sft,
     "random": _random,
     "sanitize": _sanitize,
+    "generate": _generate,
+    "router": _router,
 }
 
 
