@@ -58,8 +58,11 @@ def test_repeated_runs_give_the_same_bits(root):
 # --- the loss curve of one process -----------------------------------------------------------
 
 
-def curve(model, steps: int, groups: int, group: int | None) -> list[float]:
-    """Losses of AdamW steps on 4 sequences each, of which a rank sees its group's."""
+def curve(model, steps: int, groups: int, group: int | None, spoil=None) -> list[float]:
+    """Losses of AdamW steps on 4 sequences each, of which a rank sees its group's.
+
+    `spoil` may change the gradients of the model.
+    """
     # eps well above rounding: Adam divides near-zero gradients by their own size
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-4, foreach=False)
     losses = []
@@ -69,6 +72,8 @@ def curve(model, steps: int, groups: int, group: int | None) -> list[float]:
         ids = ids.to(model.device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        if spoil is not None:
+            spoil(model)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
@@ -104,6 +109,65 @@ def test_thirty_steps(root):
 @pytest.mark.parametrize("case", [Case(), Case(layout="ep4", exchange="rows")], ids=str)
 def test_three_hundred_steps(root, case):
     check_curve(root, case, 300)
+
+
+# --- in bf16 ---------------------------------------------------------------------------------
+# Two runs that differ by a rounding drift apart, so a curve is held against how far the curves of
+# one process are from each other, whose initial weights differ by about a rounding.
+
+SEEDS = 5
+EARLY = 100  # steps, in which most of the learning is, and of the drift
+
+
+def one_process_in_bf16(folder, seed: int, steps: int) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="eager", dtype=torch.bfloat16
+    )
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data *= 1 + (seed > 0) * 2**-8 * torch.randn(p.shape, generator=g).to(p)
+    return torch.tensor(curve(model.to(device_of(2)), steps, 1, None))
+
+
+def drop_gradients(model) -> None:
+    """The bug: of the first expert of each rank, in every layer."""
+    for name, p in model.named_parameters():
+        if ".experts." in name:
+            p.grad.to_local()[:1].zero_()
+
+
+def bf16_curves(folder, exchanges, steps) -> dict[str, list[float]]:
+    def one(case, *args):
+        model = load(case, folder, dtype=torch.bfloat16)
+        return curve(model, *args[:1], case.config.dp_size, group_of(case), *args[1:])
+
+    curves = {e: one(Case(exchange=e), steps) for e in exchanges}
+    return curves | {"with the bug": one(Case(exchange=exchanges[0]), EARLY, drop_gradients)}
+
+
+@pytest.mark.grid
+def test_bf16_curve_is_within_the_spread_of_one_process(root):
+    folder, steps = write_checkpoint(root, "qwen3_moe"), 300
+    seeds = [one_process_in_bf16(folder, seed, steps) for seed in range(SEEDS)]
+    seeds = torch.stack(seeds)
+    middle = seeds.mean(0)
+
+    def distance(losses, middle=middle) -> torch.Tensor:
+        """Mean distance in the early steps and, where there are any, in those after."""
+        away = (losses - middle[: len(losses)]).abs()
+        return torch.stack([part.mean() for part in (away[:EARLY], away[EARLY:]) if len(part)])
+
+    others = [torch.cat([seeds[:n], seeds[n + 1 :]]).mean(0) for n in range(SEEDS)]
+    spread = torch.stack([distance(*pair) for pair in zip(seeds, others, strict=True)]).amax(0)
+    ranks = run_ranks(
+        2, bf16_curves, folder, exchanges(), steps, timeout=900, backend=backend_of(2)
+    )
+    found = {name: distance(torch.tensor(losses)) for name, losses in ranks[0].items()}
+    print(f"one process: {spread.tolist()}", *found.items(), sep="\n")
+    assert middle[-1] < 0.1 * middle[0], "the model learns"
+    bug = found.pop("with the bug")
+    assert all((away < 1.5 * spread).all() for away in found.values()), found
+    assert bug[0] > 1.5 * spread[0], "the test would notice"
 
 
 # --- gradient checkpointing keeps the routing --------------------------------------------------
