@@ -7,7 +7,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-PACKAGES = ("transformers", "accelerate", "trl")
+PACKAGES = ("torch", "transformers", "accelerate", "trl")
 
 
 @pytest.hookimpl(wrapper=True)
