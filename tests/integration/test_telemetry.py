@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -401,6 +402,24 @@ def test_hooks_trace_into_one_graph():
         assert torch.equal(sampler.rows, (1 + step // 3 + (step == 5)) * rows)
 
 
+def test_layers_compiled_one_by_one_share_their_code():
+    """As torch_compile does by regions: a hook with a constant per layer would compile each anew,
+    and beyond torch's limit of eight leave the rest uncompiled."""
+    torch._dynamo.reset()
+    family = families.family("qwen3_moe")
+    config = families.tiny_config(family)
+    config.num_hidden_layers = 3
+    model = families.model_class(family)._from_config(config, experts_implementation="batched_mm")
+    sampler = ExpertLoadSampler(model.train(), torch.device("cpu"))
+    counter = CompileCounter()
+    for layer in model.base_model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    for sampler.active in (True, False, True):
+        model(**pad(samples(LENGTHS[:2])), use_cache=False)
+    assert counter.frame_count == 2  # with and without sampling
+    assert sampler.rows.sum(1).tolist() == [2 * 14 * 2] * 3
+
+
 def test_hooks_leave_with_the_training(tmp_path):
     run = trainer(tmp_path, [MoETelemetryCallback()], max_steps=1)
 
@@ -500,6 +519,7 @@ def test_sft_counts_exactly(tmp_path, arguments):
 TWO_RANKS = """
 import json, os, sys
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 from transformers.distributed import DistributedConfig
 from hf_moe_ep.training import MoETelemetryCallback
