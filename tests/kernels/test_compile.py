@@ -4,6 +4,7 @@ Triton brings its own assembler, so this needs no GPU; nothing is run.
 """
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -54,9 +55,11 @@ def arguments(kernel: str, c: GemmConfig, tma: bool) -> dict:
         ),
         "weight_grad": dict(
             p=tile(c.block_k, c.block_m), q_ptr="*bf16", out_ptr="*bf16", P=2 * I, Q=H, GATHER=True,
-            stride_p="i32", stride_q=1, TMA_P=tma,
+            stride_p="i32", stride_q=1, ACCUMULATE=False, TMA_P=tma,
         ),
-    }[kernel]  # fmt: skip
+    }[kernel.removeprefix("add_")] | (
+        dict(ACCUMULATE=True, out_ptr="*fp32") if kernel == "add_weight_grad" else {}
+    )  # fmt: skip
 
 
 KERNELS = dict(
@@ -64,6 +67,7 @@ KERNELS = dict(
     linear=grouped_linear_kernel,
     gate_backward=gate_backward_kernel,
     weight_grad=weight_grad_kernel,
+    add_weight_grad=weight_grad_kernel,
 )
 
 
@@ -72,9 +76,9 @@ KERNELS = dict(
 @pytest.mark.parametrize("rows", ["128", "16"])
 def test_shipped_configs_compile_and_fit(kernel, name, capability, rows):
     table = json.loads((files("fastmoe") / "configs" / f"{name}.json").read_text())["buckets"]
-    c = GemmConfig(**table[rows][kernel])
-    if kernel == "weight_grad":
-        c = GemmConfig(**table[rows][kernel] | dict(block_k=min(c.block_k, int(rows))))
+    c = GemmConfig(**table[rows][kernel.removeprefix("add_")])
+    if kernel.endswith("weight_grad"):
+        c = replace(c, block_k=min(c.block_k, int(rows)))
     limit = SHARED_MEMORY[capability]
     c = c.fitted(2, c.block_n * (2 if kernel == "up_gate" else 1), limit)
     function = KERNELS[kernel]

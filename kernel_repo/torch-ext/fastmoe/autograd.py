@@ -46,7 +46,7 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weights, up, down, up_bias, down_bias,
-        top_k_index, gate, transposed, recompute, block_m, *routing,
+        top_k_index, gate, transposed, recompute, accumulating, block_m, *routing,
     ):  # fmt: skip
         layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
         operands = (x, weights, up, down, up_bias, down_bias)
@@ -57,7 +57,7 @@ class FusedExperts(torch.autograd.Function):
             needed_x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing
         )
         ctx.gate, ctx.transposed, ctx.block_m = gate, transposed, block_m
-        ctx.recompute = recompute
+        ctx.recompute, ctx.accumulating = recompute, accumulating
         return out
 
     @staticmethod
@@ -84,7 +84,7 @@ class FusedExperts(torch.autograd.Function):
                 dots = dots + down_bias_dots(grad, down_bias, ids)
             d_weights = dots.to(weights.dtype)
         if need_down:
-            d_down = ops.weight_grad(a, grad, *layer.args, True, not layer.transposed)
+            d_down = _weight_grad(a, grad, layer, True, not layer.transposed, ctx.accumulating[1])
         del a
         if need_down_bias:
             d_down_bias = ops.bias_grad(grad, weights, *layer.args, True, down_bias.dtype)
@@ -95,8 +95,8 @@ class FusedExperts(torch.autograd.Function):
             d_x = ops.combine(d_rows, None, *layer.args)
             del d_rows
         if need_up:
-            d_up = ops.weight_grad(grad_h, x, *layer.args, True, layer.transposed)
-        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (5 + len(routing))
+            d_up = _weight_grad(grad_h, x, layer, True, layer.transposed, ctx.accumulating[0])
+        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (6 + len(routing))
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -107,11 +107,12 @@ class GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, w, bias, gather, top_k, transposed, block_m, *routing):
+    def forward(ctx, rows, w, bias, gather, accumulating, top_k, transposed, block_m, *routing):
         layer = Layer(list(routing), block_m, top_k, transposed)
         needed_rows = rows if ctx.needs_input_grad[1] else None  # for the weight's gradient
         ctx.save_for_backward(needed_rows, w, bias, *routing)
         ctx.gather, ctx.layer_numbers = gather, (block_m, top_k, transposed)
+        ctx.accumulating = accumulating
         return _zero_tail(
             ops.grouped_linear(rows, w, bias, *layer.args, transposed, gather), routing
         )
@@ -125,7 +126,7 @@ class GroupedLinear(torch.autograd.Function):
         grad = _zero_tail(grad.contiguous(), routing)
         d_rows = d_w = d_bias = None
         if need_w:
-            d_w = ops.weight_grad(grad, rows, *layer.args, gather, layer.transposed)
+            d_w = _weight_grad(grad, rows, layer, gather, layer.transposed, ctx.accumulating)
         if need_bias:
             d_bias = ops.bias_grad(grad, None, *layer.args, False, bias.dtype)
         if need_rows:
@@ -133,7 +134,7 @@ class GroupedLinear(torch.autograd.Function):
             d_rows = (
                 ops.combine(d_rows, None, *layer.args) if gather else _zero_tail(d_rows, routing)
             )
-        return d_rows, d_w, d_bias, *[None] * (4 + len(routing))
+        return d_rows, d_w, d_bias, *[None] * (5 + len(routing))
 
 
 class Combine(torch.autograd.Function):
@@ -156,6 +157,15 @@ class Combine(torch.autograd.Function):
             grad.contiguous(), y, weights, routing, ctx.block_m, weights.shape[1]
         )
         return d_y, d_weights, None, *[None] * len(routing)
+
+
+def _weight_grad(p, q, layer: Layer, gather: bool, transpose_out: bool, accumulating):
+    """The gradient of a weight; None once it is in the `main_grad` of the parameter given."""
+    if accumulating is None:
+        return ops.weight_grad(p, q, *layer.args, gather, transpose_out)
+    ops.add_weight_grad(p, q, accumulating.main_grad, *layer.args, gather, transpose_out)
+    accumulating.grad_added_to_main_grad = True
+    return None
 
 
 def _zero_tail(rows: Tensor, routing) -> Tensor:

@@ -126,24 +126,50 @@ def weight_grad(
     """
     if backend_name(p) == "torch":
         return torch_ops.weight_grad(p, q, r, gather, transpose_out)
-    if gather and hopper.serves_weight_grad(p, q, r):
-        return hopper.weight_grad(p, q, r, transpose_out)
-    from .backends.triton.weight_grad import weight_grad_kernel
-
     shape = (q.shape[1], p.shape[1]) if transpose_out else (p.shape[1], q.shape[1])
     out = p.new_empty(r.num_experts, *shape)
     if not p.shape[0]:
         return out.zero_()
+    _launch_weight_grad(p, q, out, r, gather, transpose_out, False)
+    return out
+
+
+def add_weight_grad(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    r: Routing,
+    gather: bool,
+    transpose_out: bool,
+) -> None:
+    """Adds what `weight_grad` returns to `out`, contiguous, fp32 or the dtype of p.
+
+    In the GEMM's epilogue, with no pass over `out` besides. Experts without rows stay as they are.
+    """
+    if not p.shape[0]:
+        return
+    if backend_name(p) == "torch":
+        out.add_(torch_ops.weight_grad(p, q, r, gather, transpose_out))
+    else:
+        _launch_weight_grad(p, q, out, r, gather, transpose_out, True)
+
+
+def _launch_weight_grad(p, q, out, r: Routing, gather: bool, transpose_out: bool, add: bool):
+    aligned = out.data_ptr() % _TMA_ALIGNMENT == 0
+    if gather and aligned and hopper.serves_weight_grad(p, q, r):
+        hopper.weight_grad(p, q, out, r, transpose_out, add)
+        return
+    from .backends.triton.weight_grad import weight_grad_kernel
+
     c = tuning.gemm_config("weight_grad", p.device, p.dtype, r.block_m)
     tma = _tma_serves(p)
     strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
     weight_grad_kernel[_grid(c, p)](
         _descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets,
-        p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, tma,
+        p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, add, tma,
         matmul_precision(p.dtype), c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    return out
 
 
 def bias_grad(

@@ -48,22 +48,23 @@ def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
     return aligned and p.shape[0] > 0 and p.shape[1] % _BLOCK_M == 0 and q.shape[1] % _TILE_N == 0
 
 
-def weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing, transpose_out: bool) -> torch.Tensor:
-    """(E, P, Q) or (E, Q, P) with q gathered; see `grouped_gemm.weight_grad`."""
+def weight_grad(
+    p: torch.Tensor, q: torch.Tensor, out: torch.Tensor, r: Routing, transpose_out: bool, add: bool
+) -> None:
+    """Writes out (E, P, Q) or (E, Q, P), q gathered, or adds to it; see `grouped_gemm.weight_grad`.
+
+    `out` is contiguous, its base a multiple of 16 bytes.
+    """
     from .backends.gluon.weight_grad import weight_grad_kernel
 
-    columns_p, columns_q = p.shape[1], q.shape[1]
-    shape = (columns_q, columns_p) if transpose_out else (columns_p, columns_q)
-    out = p.new_empty(r.num_experts, *shape)
-    half = _BLOCK_M // 2
-    out_block = (_TILE_N, half) if transpose_out else (half, _TILE_N)
+    half, columns = _BLOCK_M // 2, _TILE_N * 2 // out.element_size()  # of the buffer for results
     programs = num_programs(p.device)
+    out_block = (columns, half) if transpose_out else (half, columns)
     weight_grad_kernel[(programs,)](
         _descriptor(p, (_BLOCK_K, _BLOCK_M)), q, _descriptor(out.view(-1, out.shape[2]), out_block),
-        r.perm, r.offsets, r.num_experts, columns_p, columns_q, r.top_k, transpose_out,
+        r.perm, r.offsets, r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
         _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, programs, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 def _descriptor(matrix: torch.Tensor, block: tuple[int, int]):
@@ -71,11 +72,12 @@ def _descriptor(matrix: torch.Tensor, block: tuple[int, int]):
 
     bind_context(matrix.device)
     shape, stride = list(matrix.shape), list(matrix.stride())
-    return TensorDescriptor(matrix, shape, stride, list(block), _tile_layout())
+    layout = _tile_layout(8 * matrix.element_size())
+    return TensorDescriptor(matrix, shape, stride, list(block), layout)
 
 
 @lru_cache
-def _tile_layout():
+def _tile_layout(bits: int):
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)

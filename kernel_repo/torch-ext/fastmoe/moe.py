@@ -64,14 +64,21 @@ def fused_experts(
         compiles with fullgraph=True.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, second derivatives; with
+        ValueError: shapes, dtypes or devices that do not fit together (a main_grad's too), second
+            derivatives; with
             HF_MOE_EP_CHECK=1 also negative ids, sentinels with a weight, and values that are not
             finite (this waits for the device).
 
     Memory between forward and backward: x, the up projection (S, U) and the routing, nothing else
     (the scheme of SonicMoE, arXiv 2512.14080). A `gate` function or `post_norm` also keeps what
     autograd keeps for it, and with `recompute` runs once more in backward.
+
+    Gradient accumulation in place: where `up` or `down` has an attribute `main_grad` (the
+    convention of Megatron-LM's gradient_accumulation_fusion), contiguous, of its shape, in its
+    dtype or fp32, backward adds its gradient there in the GEMM's epilogue, gives autograd None and
+    sets `grad_added_to_main_grad` to True. Under torch.compile the gradient goes to autograd.
     """
+    accumulating = _accumulating("up", up), _accumulating("down", down)
     up, down, is_transposed = _plain_layout(up, down, is_transposed)
     gated = not isinstance(gate, Gate) or gate.gated
     _validate(
@@ -98,23 +105,24 @@ def fused_experts(
         down_bias,
     )
     ids = top_k_index.contiguous()
+    how = (is_transposed, recompute, accumulating, routing)
     if isinstance(gate, Gate) and post_norm is None:
-        out = _fused(*operands, ids, gate, is_transposed, recompute, routing)
+        out = _fused(*operands, ids, gate, *how)
     else:
-        out = _as_written(*operands, ids, gate, post_norm, is_transposed, recompute, routing)
+        out = _as_written(*operands, ids, gate, post_norm, *how)
     return out.to(x.dtype)
 
 
 def _fused(
-    x, weights, up, down, up_bias, down_bias, ids, gate: Gate, transposed, recompute, routing
-) -> Tensor:
+    x, weights, up, down, up_bias, down_bias, ids, gate: Gate,
+    transposed, recompute, accumulating, routing,
+) -> Tensor:  # fmt: skip
     """The path whose gate the kernels know: differentiable, for inference, or for a few tokens."""
     operands = (x, weights, up, down, up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         block_m, parts = _route(x, ids, up.shape[0], routing)
-        return FusedExperts.apply(
-            *operands, ids, gate.spec(), transposed, recompute, block_m, *parts
-        )
+        how = (gate.spec(), transposed, recompute, accumulating, block_m)
+        return FusedExperts.apply(*operands, ids, *how, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
         return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
     block_m, parts = _route(x, ids, up.shape[0], routing)
@@ -123,16 +131,17 @@ def _fused(
 
 
 def _as_written(
-    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm, transposed, recompute, routing
-) -> Tensor:
+    x, weights, up, down, up_bias, down_bias, ids, gate, post_norm,
+    transposed, recompute, accumulating, routing,
+) -> Tensor:  # fmt: skip
     """The path whose gate or norm is the model's own code, run by autograd on rows by expert."""
     block_m, parts = _route(x, ids, up.shape[0], routing)
     layout = (ids.shape[1], transposed, block_m, *parts)
 
     def layer(x, weights, up, down, up_bias, down_bias):
-        h = GroupedLinear.apply(x, up, up_bias, True, *layout)
+        h = GroupedLinear.apply(x, up, up_bias, True, accumulating[0], *layout)
         a = gate(h).to(down.dtype).contiguous()
-        y = GroupedLinear.apply(a, down, down_bias, False, *layout)
+        y = GroupedLinear.apply(a, down, down_bias, False, accumulating[1], *layout)
         if post_norm is not None:
             y = post_norm(y).contiguous()
         return Combine.apply(y, weights, block_m, *parts)
@@ -169,6 +178,25 @@ def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, T
         if up.mT.is_contiguous() and down.mT.is_contiguous():
             return up.mT, down.mT, not transposed
     return up.contiguous(), down.contiguous(), transposed
+
+
+def _accumulating(name: str, w: Tensor) -> Tensor | None:
+    """The weight, where its gradient goes into its `main_grad`. Compiled, autograd's way serves."""
+    main_grad = getattr(w, "main_grad", None)
+    if main_grad is None or not w.requires_grad or torch.compiler.is_compiling():
+        return None
+    if (
+        main_grad.shape != w.shape
+        or main_grad.dtype not in (torch.float32, w.dtype)
+        or main_grad.device != w.device
+        or not (main_grad.is_contiguous() and w.is_contiguous())
+    ):
+        raise ValueError(
+            f"{name}.main_grad must be a contiguous tensor like {name}, {_shape(w)} {w.dtype} on "
+            f"{w.device}, or the same in float32, and {name} contiguous; got {_shape(main_grad)} "
+            f"{main_grad.dtype} on {main_grad.device}"
+        )
+    return w
 
 
 def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, fused) -> None:

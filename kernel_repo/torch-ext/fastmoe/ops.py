@@ -141,6 +141,19 @@ def weight_grad(p, q, routing, block_m, top_k, gather, transpose_out):
     return _gemm.weight_grad(p, q, Routing(*routing, block_m, top_k), gather, transpose_out)
 
 
+def _fake_add_weight_grad(p, q, out, routing, block_m, top_k, gather, transpose_out):
+    return None
+
+
+@_op(
+    "(Tensor p, Tensor q, Tensor(a!) out, Tensor[] routing, int block_m, int top_k, bool gather,"
+    " bool transpose_out) -> ()",
+    _fake_add_weight_grad,
+)
+def add_weight_grad(p, q, out, routing, block_m, top_k, gather, transpose_out):
+    _gemm.add_weight_grad(p, q, out, Routing(*routing, block_m, top_k), gather, transpose_out)
+
+
 def _fake_bias_grad(rows, weights, routing, block_m, top_k, gather, dtype):
     return rows.new_empty(routing[2].shape[0] - 1, rows.shape[1], dtype=dtype)
 

@@ -5,8 +5,10 @@ Shapes: p (S, P) sorted by expert, q (T, Q) gathered through perm, out (E, P, Q)
 tile in use (q is zero past the expert's last row, so p need not be).
 """
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -28,7 +30,8 @@ def _tile(
 @gluon.jit
 def _produce(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty,
-    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
@@ -57,10 +60,57 @@ def _produce(
             stage, phase = advance(stage, phase, STAGES)
 
 
+@builtin
+def _add_shared_to_global(desc, coord, source, _semantic=None):
+    """tma.async_copy_shared_to_global that adds to what is there; Gluon 3.6 gives it no name."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, source.handle
+    )
+
+
+@gluon.jit
+def _write(
+    out_desc, out, acc, e, p0, q0,
+    P: gl.constexpr, Q: gl.constexpr, TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """A tile through the store buffer `out`, which holds one half of an fp32 one at a time."""
+    if out_desc.dtype == gl.float32:
+        ROWS: gl.constexpr = acc.shape[0]
+        HALF: gl.constexpr = acc.shape[1] // 2
+        left, right = acc.reshape((ROWS, 2, HALF)).permute((0, 2, 1)).split()
+        _write_part(out_desc, out, left, e, p0, q0, P, Q, TRANSPOSE, ADD)
+        _write_part(out_desc, out, right, e, p0, q0 + HALF, P, Q, TRANSPOSE, ADD)
+    else:
+        _write_part(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
+
+
+@gluon.jit
+def _write_part(
+    out_desc, out, acc, e, p0, q0,
+    P: gl.constexpr, Q: gl.constexpr, TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    tma.store_wait(0)
+    if TRANSPOSE:
+        row = e * Q + q0
+        column = p0
+        out.permute((1, 0)).store(acc.to(out_desc.dtype))
+    else:
+        row = e * P + p0
+        column = q0
+        out.store(acc.to(out_desc.dtype))
+    fence_async_shared()
+    if ADD:
+        _add_shared_to_global(out_desc, [row, column], out)
+    else:
+        tma.async_copy_shared_to_global(out_desc, [row, column], out)
+
+
 @gluon.jit
 def _consume(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty,
-    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -87,49 +137,52 @@ def _consume(
             stage, phase = advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=hi > lo)
-        tma.store_wait(0)
-        if TRANSPOSE:
-            out.permute((1, 0)).store(acc.to(out_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [e * Q + q0, p0], out)
+        if ADD:
+            if lo < hi:
+                _write(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
         else:
-            out.store(acc.to(out_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [e * P + p0, q0], out)
+            _write(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
     tma.store_wait(0)
 
 
 @gluon.jit
 def weight_grad_kernel(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, num_experts,
-    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSE: gl.constexpr,
+    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    """out[e] = sum over the rows of e of p[row]^T q[token]."""
+    """out[e] = sum over the rows of e of p[row]^T q[token].
+
+    With ADD the sum is added to out, 16-bit or fp32, by bulk copies that add: no read of out, and
+    one rounding of the sum to its dtype before. An expert without rows is not touched.
+    """
     dtype: gl.constexpr = p_desc.dtype
     p_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_P], p_desc.layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_Q], p_desc.layout)
-    out_bufs = gl.allocate_shared_memory(dtype, [2] + out_desc.block_type.shape, out_desc.layout)
+    out_bufs = gl.allocate_shared_memory(
+        out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
+    )
     full, empty = make_barriers(STAGES)
     gl.warp_specialize(
         [
             (_consume, (
                 p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
                 full, empty, num_experts,
-                P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
                 gl.constexpr(0),
             )),
             (_consume, (
                 p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
                 full, empty, num_experts,
-                P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
                 gl.constexpr(1),
             )),
             (_produce, (
                 p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
                 full, empty, num_experts,
-                P, Q, TOP_K, TRANSPOSE, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
             )),
         ],
         [4, 4],

@@ -14,12 +14,13 @@ from .gemm import multiply_add
 def weight_grad_kernel(
     p, q_ptr, out_ptr, perm_ptr, offsets_ptr,
     P: tl.constexpr, Q: tl.constexpr, NUM_EXPERTS, TOP_K: tl.constexpr, GATHER: tl.constexpr,
-    stride_p, stride_q, TMA_P: tl.constexpr, PRECISION: tl.constexpr,
+    stride_p, stride_q, ACCUMULATE: tl.constexpr, TMA_P: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out[e] = sum over the rows of e of p[row]^T q[row]; (stride_p, stride_q) place it.
 
+    With ACCUMULATE it is added to out in fp32; an expert without rows is neither read nor written.
     q is zero past the expert's last row, so p may hold any finite value there, and does: the next
     expert's rows.
     """
@@ -60,9 +61,11 @@ def weight_grad_kernel(
             + cols_p.to(tl.int64)[:, None] * stride_p
             + cols_q.to(tl.int64)[None, :] * stride_q
         )
-        tl.store(
-            at, acc.to(out_ptr.dtype.element_ty), mask=(cols_p < P)[:, None] & (cols_q < Q)[None, :]
-        )
+        inside = (cols_p < P)[:, None] & (cols_q < Q)[None, :]
+        if ACCUMULATE:
+            inside &= lo < hi
+            acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
