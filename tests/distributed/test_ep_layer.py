@@ -141,7 +141,7 @@ def errors_of(block, experts, tp, top_k, count, routing, dtype) -> dict[str, tup
     return errors
 
 
-def check_layers(settings, tops, dtype, env) -> list[str]:
+def check_layers(settings, tops, dtype, env, routings=ROUTINGS) -> list[str]:
     """The error that is nearest to its bound, of each setting."""
     os.environ |= env
     lines = []
@@ -150,7 +150,7 @@ def check_layers(settings, tops, dtype, env) -> list[str]:
         block = Block(kind, dtype)
         experts = distributed(block, implementation, tp)
         worst = (-1.0,)
-        for n, (count, routing) in enumerate(itertools.product(COUNTS, ROUTINGS)):
+        for n, (count, routing) in enumerate(itertools.product(COUNTS, routings)):
             autograd.FEW_SLOTS = (8192, 0)[n % 2]  # whether buffers fit the rows that came
             most = EXPERTS if routing == "uniform" else EXPERTS // dist.get_world_size()
             case = min(tops[n % len(tops)], most), count, routing

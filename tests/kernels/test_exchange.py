@@ -5,6 +5,9 @@ import torch
 
 import fastmoe
 from fastmoe import exchange
+from tests.distributed.host_memory import use_host_memory
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_ep_layer import check_layers
 from tests.kernels.common import DEVICE
 
 needs_kernels = pytest.mark.skipif(
@@ -73,3 +76,16 @@ def test_sum_rows_by_hand():
     positions = torch.tensor([[0, 2], [-1, 1], [-1, -1]], device=DEVICE)
     out = fastmoe.sum_rows(y, positions)
     assert out.tolist() == [[101.0, 202.0], [10.0, 20.0], [0.0, 0.0]]
+
+
+def over_host_memory(folder):
+    use_host_memory(folder)
+    settings = [("symmetric", "fastmoe", "fastmoe", 1)]
+    return check_layers(settings, (1, 4), torch.float32, {}, ("uniform",))
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/distributed/test_ep_layer.py does it on GPUs")
+def test_two_ranks(tmp_path):
+    """A layer as on GPUs, with unequal and zero counts, forward and every gradient."""
+    print(*run_ranks(2, over_host_memory, tmp_path, timeout=280), sep="\n")
