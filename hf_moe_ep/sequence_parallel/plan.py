@@ -20,7 +20,7 @@ def sp_plan_for(model: PreTrainedModel) -> dict[str, str]:
 
     Raises:
         ValueError: a model without a decoder of layers with self_attn, with modules of its own
-            around them, or with an indexer or routers that read each other in them.
+            around them, or with an indexer in them.
     """
     decoder = model.get_decoder()
     root = next(name for name, module in model.named_modules() if module is decoder)
@@ -49,11 +49,6 @@ def _layer_rules(model: PreTrainedModel, layer: nn.Module, name: str) -> dict[st
             "on the tp axis knows attention layers only"
         )
     rules = {}
-    if any(child.endswith("router_states_scale") for child, _ in layer.named_parameters()):
-        raise ValueError(
-            f"{type(model).__name__}: {name} has a router that reads the previous layer's states, "
-            "whose gradients were not those of one process"
-        )
     for child, module in layer.named_modules():
         if child.endswith("indexer"):
             raise ValueError(
