@@ -1,5 +1,6 @@
 """Trainer and TRL glue, and helpers for training loops of your own."""
 
+from .accumulation import AccumulateInPlaceCallback, accumulate_in_place
 from .callbacks import register
 from .checkpoint import CheckpointSaver, load_checkpoint, save_checkpoint
 from .checkpoint_export import export_checkpoint, export_model
@@ -13,6 +14,7 @@ from .telemetry import MoETelemetryCallback, batch_replicas
 from .token_counts import TokenCountCallback
 
 __all__ = [
+    "AccumulateInPlaceCallback",
     "AttentionTerm",
     "CheckpointSaver",
     "DevicePeak",
@@ -24,6 +26,7 @@ __all__ = [
     "RouterLossCallback",
     "ShardedCheckpointMixin",
     "TokenCountCallback",
+    "accumulate_in_place",
     "batch_replicas",
     "clip_grad_norm_",
     "count_flops",

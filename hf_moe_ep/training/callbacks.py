@@ -9,6 +9,7 @@
 | global_router_loss | GlobalRouterLossCallback |
 | token_counts | TokenCountCallback |
 | finite_check | FiniteCheckCallback, a wait for the device in every tenth step |
+| accumulate_in_place | AccumulateInPlaceCallback |
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from . import telemetry
+from .accumulation import AccumulateInPlaceCallback
 from .finite import FiniteCheckCallback
 from .losses import GlobalRouterLossCallback, RouterLossCallback
 from .token_counts import TokenCountCallback
@@ -28,3 +30,4 @@ def register() -> None:
     INTEGRATION_TO_CALLBACK["global_router_loss"] = GlobalRouterLossCallback
     INTEGRATION_TO_CALLBACK["token_counts"] = TokenCountCallback
     INTEGRATION_TO_CALLBACK["finite_check"] = FiniteCheckCallback
+    INTEGRATION_TO_CALLBACK["accumulate_in_place"] = AccumulateInPlaceCallback

@@ -179,6 +179,7 @@ def test_ops_pass_opcheck():
         (ops.gate_backward, (*gate_args, True, True)),
         (ops.gate_backward, (*gate_args, False, False)),
         (ops.weight_grad, (grad_h, inputs.x, *layer, True, False)),
+        (ops.add_weight_grad, (grad_h, inputs.x, inputs.up.clone(), *layer, True, False)),
         (ops.bias_grad, (grad_h, None, *layer, False, torch.float32)),
     ]:
         torch.library.opcheck(op.registered.default, args, test_utils=checks)
