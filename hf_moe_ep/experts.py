@@ -71,13 +71,14 @@ def fastmoe_experts_forward(
     top_k_weights: torch.Tensor,
     routing: fastmoe.Routing | Callable | None = None,
     recompute: bool = False,
+    place: Callable | None = None,
 ) -> torch.Tensor:
     """(T, H): the weighted sum of each token's experts.
 
-    Serves any experts module behind transformers' interface; `routing` and `recompute` as in
-    `fused_experts`. Reads the flags that `use_experts_implementation` sets (has_gate, has_bias,
-    is_transposed, has_post_expert_norm) and the module's own gate. Raises ValueError for weights
-    that fastmoe cannot run, quantised ones above all.
+    Serves any experts module behind transformers' interface; `routing`, `recompute` and `place`
+    as in `fused_experts`. Reads the flags that `use_experts_implementation` sets (has_gate,
+    has_bias, is_transposed, has_post_expert_norm) and the module's own gate. Raises ValueError for
+    weights that fastmoe cannot run, quantised ones above all.
     """
     name = "gate_up_proj" if self.has_gate else "up_proj"
     bias = self.has_bias
@@ -94,6 +95,7 @@ def fastmoe_experts_forward(
         post_norm=self.post_expert_norm if self.has_post_expert_norm else None,
         routing=routing,
         recompute=recompute,
+        place=place,
     )
 
 

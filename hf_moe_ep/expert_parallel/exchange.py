@@ -7,6 +7,7 @@ the experts [r * experts, (r + 1) * experts).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,9 @@ NOWHERE = torch.iinfo(torch.int32).max  # the id, in a padding row, of an expert
 
 class Layout(Protocol):
     """Where one batch's rows are: two linear maps, each the other's transpose."""
+
+    place: Callable[[int, torch.dtype], Tensor] | None
+    """Given W and a dtype: memory (R, W) where `collect` wants its first array, if anywhere."""
 
     def send(self, x: Tensor) -> Tensor:
         """(T, W) -> (R, W): each token's row to every rank that holds one of its experts."""
@@ -72,6 +76,7 @@ class GatherExchange:
 
 @dataclass(frozen=True)
 class _Gathered:
+    place = None
     group: ProcessGroup
     n: int  # ranks. 2
     longest: int  # rows of each rank, padded. 16384
@@ -114,6 +119,7 @@ class RowsExchange:
 
 @dataclass(frozen=True)
 class _Rows:
+    place = None
     group: ProcessGroup
     tokens: Tensor  # (rows sent,) which token each is, rank after rank. [0, 2, 0, 1]
     positions: Tensor  # (T, n) the inverse: where token t's row for rank r is; -1 for none
@@ -177,6 +183,7 @@ class NodesExchange:
 
 @dataclass(frozen=True)
 class _Nodes:
+    place = None
     across: Layout
     inside: Layout
 

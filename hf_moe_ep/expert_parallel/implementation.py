@@ -103,7 +103,7 @@ class FastMoEEP(upstream.EPImplementation):
         rows, ids, weights, layout, routing = Dispatch.apply(
             x.contiguous(), weights, ids, self.exchange, lengths, fastmoe, self.where
         )
-        options = {"routing": routing} if fastmoe else {}
+        options = {"routing": routing, "place": layout.place} if fastmoe else {}
         ids = ids if fastmoe else ids.long()  # eager experts take no other type
         if not rows.shape[0]:
             # One row for no expert: not every experts implementation takes none, and the empty

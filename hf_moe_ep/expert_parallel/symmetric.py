@@ -62,13 +62,25 @@ class _Pulled:
         peers = self.memory.open("tokens")
         return fastmoe.exchange.pull_rows(peers, self.local, x.shape[1], self.experts, x.dtype)
 
+    def place(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Shared memory, so that a sum that is written here need not be copied to be published.
+
+        It holds until anything is published as "partials" next.
+        """
+        (rows, top_k), nbytes = self.local.shape, self.local.shape[0] * width * dtype.itemsize
+        place = self.memory.place("partials", _aligned(nbytes) + _aligned(rows * top_k * 8), self)
+        return place[:nbytes].view(dtype).view(rows, width).detach()  # no view, for autograd
+
     def collect(self, *arrays: Tensor) -> list[Tensor]:
         firsts, size = [], 0
         for array in arrays:
             firsts.append(size)
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        place = self.memory.place("partials", size)
-        for first, array in zip(firsts, arrays, strict=True):
+            size += _aligned(array.nbytes)
+        if self.memory.holds("partials", arrays[0], self):
+            place, ready = self.memory.regions["partials"].buffer, 1
+        else:
+            place, ready = self.memory.place("partials", size), 0
+        for first, array in list(zip(firsts, arrays, strict=True))[ready:]:
             part = place[first : first + array.nbytes]
             part.view(array.dtype).view(array.shape).copy_(array)
         peers = self.memory.open("partials")
@@ -81,6 +93,10 @@ class _Pulled:
         ]  # fmt: skip
 
 
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 @dataclass
 class _Region:
     """A buffer of every rank that all read."""
@@ -89,6 +105,7 @@ class _Region:
     handle: object  # torch's symmetric memory handle
     peers: Tensor  # (n,) int64 addresses of all ranks' buffers
     opened: int = -1  # which barrier let the peers read it last
+    owner: object = None  # who placed it last, if they said so
 
 
 class SharedMemory:
@@ -107,8 +124,8 @@ class SharedMemory:
         self.captured = False  # replays run between barriers that this count does not see
         self.outgrown: list[_Region] = []
 
-    def place(self, name: str, size: int) -> Tensor:
-        """(size,) bytes of this rank's buffer `name`, to be written.
+    def place(self, name: str, size: int, owner: object = None) -> Tensor:
+        """(size,) bytes of this rank's buffer `name`, to be written; `owner` for `holds`.
 
         Raises:
             ValueError: it would have to grow while a CUDA graph is being captured.
@@ -120,7 +137,24 @@ class SharedMemory:
             region = self._grow(name, size, capturing)
         elif self.captured or region.opened == self.barriers:
             self._barrier(region)
+        region.owner = owner
         return region.buffer[:size]
+
+    def holds(self, name: str, array: Tensor, owner: object) -> bool:
+        """Whether `array` is what `owner` had placed at the start of buffer `name`.
+
+        Raises:
+            RuntimeError: it is, but somebody else has placed something there since.
+        """
+        region = self.regions.get(name)
+        if region is None or array.data_ptr() != region.buffer.data_ptr():
+            return False
+        if region.owner is not owner:
+            raise RuntimeError(
+                "partial sums of an experts layer were overwritten by another layer's before they "
+                "were sent; run experts layers one after the other, also in backward"
+            )
+        return True
 
     def open(self, name: str) -> Tensor:
         """(n,) int64: where every rank's buffer is, once all have written theirs."""

@@ -254,7 +254,7 @@ def host_reads(ways) -> list[tuple[int, int]]:
     return found
 
 
-def weighted(rows, ids, weights, routing):
+def weighted(rows, ids, weights, routing, place):
     here = int(torch.sum(ids < EXPERTS // 4).numpy())
     most = ids.numel() if os.environ["HF_MOE_EP_WAIT"] == "0" else here
     assert routing().perm.numel() == most, "a buffer for every slot that is in use, and no other"

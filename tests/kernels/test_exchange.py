@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fastmoe
 from fastmoe import exchange
+from hf_moe_ep.expert_parallel import symmetric
 from tests.distributed.host_memory import use_host_memory
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_ep_layer import check_layers
+from tests.distributed.test_ep_layer import Block, batch_of, check_layers, distributed, one_step
 from tests.kernels.common import DEVICE
 
 needs_kernels = pytest.mark.skipif(
@@ -79,13 +81,26 @@ def test_sum_rows_by_hand():
 
 
 def over_host_memory(folder):
+    """The figures of `check_layers`, and what differs where sums are copied to be published."""
     use_host_memory(folder)
     settings = [("symmetric", "fastmoe", "fastmoe", 1)]
-    return check_layers(settings, (1, 4), torch.float32, {}, ("uniform",))
+    figures = check_layers(settings, (1, 4), torch.float32, {}, ("uniform",))
+    experts = distributed(Block("fastmoe", torch.float32), "fastmoe", 1)
+    batch = batch_of(dist.get_rank(), 5 + 2 * dist.get_rank(), 4, "uniform", 2, torch.float32)
+    held, holds = [], symmetric.SharedMemory.holds
+    symmetric.SharedMemory.holds = lambda *args: held.append(holds(*args)) or held[-1]
+    in_place = one_step(experts, *batch)
+    assert held == [True, True], "partial sums and the gradients of rows were written in place"
+    symmetric._Pulled.place = None
+    copied = one_step(experts, *batch)
+    assert held[2:] == [False, False]
+    return figures, [name for name in copied if not copied[name].equal(in_place[name])]
 
 
 @needs_kernels
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/distributed/test_ep_layer.py does it on GPUs")
 def test_two_ranks(tmp_path):
     """A layer as on GPUs, with unequal and zero counts, forward and every gradient."""
-    print(*run_ranks(2, over_host_memory, tmp_path, timeout=280), sep="\n")
+    for figures, different in run_ranks(2, over_host_memory, tmp_path, timeout=280):
+        print(*figures, sep="\n")
+        assert not different

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .combine import down_bias_dots
+from .combine import combine, down_bias_dots
+from .routing import Routing
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,21 @@ class Layer:
         return self.routing, self.block_m, self.top_k
 
 
-def fused_forward(x, weights, up, down, up_bias, down_bias, layer: Layer, gate: str, keep_h: bool):
+def fused_forward(
+    x, weights, up, down, up_bias, down_bias, layer: Layer, gate: str, keep_h: bool, place=None
+):
     """(out (T, H), h (S, U) or empty)."""
     h, a = ops.up_gate(x, up, up_bias, *layer.args, gate, layer.transposed, keep_h)
     y = ops.grouped_linear(a, down, down_bias, *layer.args, layer.transposed, False)
-    return ops.combine(y, weights, *layer.args), h
+    return _combined(y, weights, layer, place), h
+
+
+def _combined(y, weights, layer: Layer, place):
+    """The sums over slots (T, H), in the memory that `place` gives where there is one."""
+    if place is None:
+        return ops.combine(y, weights, *layer.args)
+    routing = Routing(*layer.routing, layer.block_m, layer.top_k)
+    return combine(y, weights, routing, out=place(y.shape[1], y.dtype))
 
 
 class FusedExperts(torch.autograd.Function):
@@ -46,18 +57,18 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, weights, up, down, up_bias, down_bias,
-        top_k_index, gate, transposed, recompute, accumulating, block_m, *routing,
+        top_k_index, gate, transposed, recompute, accumulating, place, block_m, *routing,
     ):  # fmt: skip
         layer = Layer(list(routing), block_m, top_k_index.shape[1], transposed)
         operands = (x, weights, up, down, up_bias, down_bias)
-        out, h = fused_forward(*operands, layer, gate, keep_h=not recompute)
+        out, h = fused_forward(*operands, layer, gate, not recompute, place)
         # Besides the up projection, only the up weight's gradient reads x.
         needed_x = x if recompute or ctx.needs_input_grad[2] else None
         ctx.save_for_backward(
             needed_x, weights, up, down, up_bias, down_bias, top_k_index, h, *routing
         )
         ctx.gate, ctx.transposed, ctx.block_m = gate, transposed, block_m
-        ctx.recompute, ctx.accumulating = recompute, accumulating
+        ctx.recompute, ctx.accumulating, ctx.place = recompute, accumulating, place
         return out
 
     @staticmethod
@@ -92,11 +103,11 @@ class FusedExperts(torch.autograd.Function):
             d_up_bias = ops.bias_grad(grad_h, None, *layer.args, False, up_bias.dtype)
         if need_x:
             d_rows = ops.grouped_linear(grad_h, up, None, *layer.args, not layer.transposed, False)
-            d_x = ops.combine(d_rows, None, *layer.args)
+            d_x = _combined(d_rows, None, layer, ctx.place)
             del d_rows
         if need_up:
             d_up = _weight_grad(grad_h, x, layer, True, layer.transposed, ctx.accumulating[0])
-        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (6 + len(routing))
+        return d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias, *[None] * (7 + len(routing))
 
 
 class GroupedLinear(torch.autograd.Function):

@@ -14,13 +14,16 @@ from .routing import Routing
 _MAX_BLOCK_H = 4096
 
 
-def combine(y: torch.Tensor, weights: torch.Tensor | None, r: Routing) -> torch.Tensor:
+def combine(
+    y: torch.Tensor, weights: torch.Tensor | None, r: Routing, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """(T, H) in the dtype of y: the sum over k of weights[t, k] * y[row of (t, k)].
 
     Summed in order and in fp32. Without `weights` the plain sum, which is the backward of gathering
-    rows. Sentinels add nothing and are not read.
+    rows. Sentinels add nothing and are not read. Written to `out` if given, contiguous and in the
+    dtype of y.
     """
-    return _sum_rows(y, weights, r.inv_perm.view(-1, r.top_k))
+    return _sum_rows(y, weights, r.inv_perm.view(-1, r.top_k), out)
 
 
 def sum_rows(y: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -31,13 +34,14 @@ def sum_rows(y: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return _sum_rows(y, None, positions.contiguous())
 
 
-def _sum_rows(y, weights, positions: torch.Tensor) -> torch.Tensor:
+def _sum_rows(y, weights, positions: torch.Tensor, out=None) -> torch.Tensor:
     if backend_name(y) == "torch":
-        return torch_ops.sum_rows(y, weights, positions)
+        sums = torch_ops.sum_rows(y, weights, positions)
+        return sums if out is None else out.copy_(sums)
     from .backends.triton.combine import combine_kernel
 
     (tokens, top_k), width = positions.shape, y.shape[1]
-    out = y.new_empty(tokens, width)
+    out = y.new_empty(tokens, width) if out is None else out
     block = min(_MAX_BLOCK_H, _next_power_of_2(width))
     if tokens:
         combine_kernel[(tokens, -(-width // block))](

@@ -36,6 +36,7 @@ def fused_experts(
     post_norm: Callable[[Tensor], Tensor] | None = None,
     routing: Routing | Callable[[], Routing] | None = None,
     recompute: bool = False,
+    place: Callable[[int, torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     """out[t] = sum over k of top_k_weights[t, k] * expert[top_k_index[t, k]](x[t]).
 
@@ -57,6 +58,9 @@ def fused_experts(
             it, called when everything else is ready, because it may have to wait for that number.
         recompute: keep x and the routing alone between forward and backward, and project up again
             in backward: a fifth more GEMM work, and the same bits.
+        place: called with H and a dtype just before the result, and in backward the gradient of x,
+            is computed: contiguous memory (T, H) to write it to, for a caller who needs it in a
+            certain place. Paths that do not call it return a tensor of their own.
 
     Returns:
         (T, H) in the dtype of x. The same inputs give the same bits. Nothing waits for the device,
@@ -107,7 +111,7 @@ def fused_experts(
     ids = top_k_index.contiguous()
     how = (is_transposed, recompute, accumulating, routing)
     if isinstance(gate, Gate) and post_norm is None:
-        out = _fused(*operands, ids, gate, *how)
+        out = _fused(*operands, ids, gate, *how, place)
     else:
         out = _as_written(*operands, ids, gate, post_norm, *how)
     return out.to(x.dtype)
@@ -115,19 +119,19 @@ def fused_experts(
 
 def _fused(
     x, weights, up, down, up_bias, down_bias, ids, gate: Gate,
-    transposed, recompute, accumulating, routing,
+    transposed, recompute, accumulating, routing, place,
 ) -> Tensor:  # fmt: skip
     """The path whose gate the kernels know: differentiable, for inference, or for a few tokens."""
     operands = (x, weights, up, down, up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         block_m, parts = _route(x, ids, up.shape[0], routing)
-        how = (gate.spec(), transposed, recompute, accumulating, block_m)
+        how = (gate.spec(), transposed, recompute, accumulating, place, block_m)
         return FusedExperts.apply(*operands, ids, *how, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
         return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
     block_m, parts = _route(x, ids, up.shape[0], routing)
     layer = Layer(list(parts), block_m, ids.shape[1], transposed)
-    return fused_forward(*operands, layer, gate.spec(), False)[0]
+    return fused_forward(*operands, layer, gate.spec(), False, place)[0]
 
 
 def _as_written(
