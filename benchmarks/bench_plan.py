@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig
 
 from hf_moe_ep import DistributedConfig, plans
 from hf_moe_ep.plans.memory import ModelSizes, held_parameters, memory
@@ -32,6 +32,7 @@ from hf_moe_ep.training import clip_grad_norm_, count_flops, param_groups, peak_
 
 from .bench_sequence import QWEN3_30B_A3B, TINY, loss_of, sequence
 from .environment import describe, device_slug, torchrun
+from .random_model import random_model
 from .ranks import join, slowest
 from .timing import synchronize
 
@@ -113,7 +114,9 @@ def measure(point: Point, args: argparse.Namespace, device: torch.device) -> dic
     on_gpu = device.type == "cuda"
     sizes, dtype = (QWEN3_30B_A3B, torch.bfloat16) if on_gpu else (TINY, torch.float32)
     tokens = point.tokens if on_gpu else point.tokens // 64
-    config = Qwen3MoeConfig(num_hidden_layers=args.layers, **sizes)
+    config = Qwen3MoeConfig(
+        num_hidden_layers=args.layers, architectures=["Qwen3MoeForCausalLM"], **sizes
+    )
     layout = DistributedConfig.for_model(config, **point.layout)
     groups = layout.world_size // (layout.sp_size * layout.tp_size)
     row = {"T": tokens, **asdict(point), "micro_batches": point.micro_batches}
@@ -172,20 +175,15 @@ def make_model(
     """The model, sharded as `layout` says, with random weights made on the device."""
     from trl.trainer.utils import add_fused_lm_head
 
-    layout, _, mesh = Qwen3MoeForCausalLM.prepare_distribute_model(layout)
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM._from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            experts_implementation="fastmoe",
-        )
-    model = Qwen3MoeForCausalLM.maybe_distribute_model(model, layout, mesh)
-    model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    torch.manual_seed(dist.get_rank() // layout.tp_size)
-    for name, parameter in model.named_parameters():
-        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+    model = random_model(
+        config,
+        layout,
+        device,
+        seed=dist.get_rank() // layout.tp_size,
+        dtype=dtype,
+        attn_implementation=attention,
+        experts_implementation="fastmoe",
+    )
     if point.checkpointing:
         model.activation_checkpointing_enable()
     add_fused_lm_head(model)

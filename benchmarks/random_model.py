@@ -45,10 +45,8 @@ def random_model(
 def load_random(name: str, **init) -> PreTrainedModel:
     """In place of from_pretrained, for a folder that holds a config and no weights."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
-        device = torch.device("cpu")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     layout = init.get("distributed_config")
     return random_model(
         AutoConfig.from_pretrained(name),

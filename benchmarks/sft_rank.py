@@ -58,8 +58,8 @@ def main() -> int:
     os.environ["MASTER_PORT"] = str(job["port"])
     arguments = sft.prepare(job["argv"])
     training = arguments[1]
-    trainer = sft.make_trainer(*arguments, load=load_random)
     clock = StepClock(training.device, job["warmup"])
+    trainer = sft.make_trainer(*arguments, load=load_random)
     trainer.add_callback(clock)
     trainer.train()
     row = measured(trainer, clock, job)

@@ -1,0 +1,64 @@
+"""The whole-model benchmark at a tiny size: a case of one process and of two, and cases that fail
+beside one that does not."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_sft, report
+
+STEPS = ["--steps", "2"]
+
+
+def result(folder, group: str) -> dict:
+    return json.loads((folder / f"sft-{group}-cpu.json").read_text())
+
+
+def check(row: dict, tokens: int) -> None:
+    assert row["tokens_per_step"] == tokens and row["layers"] == 2
+    step = row["step"]
+    assert 0 < step["p10_ms"] <= step["median_ms"] <= step["p90_ms"] and step["rounds"] == 2
+    assert row["tokens_per_s"] == pytest.approx(tokens / step["median_ms"] * 1e3)
+    assert row["mean_loss"] == pytest.approx(6.25, abs=0.1)  # ln(512): nothing learnt yet
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA: real sizes")
+def test_a_case_is_measured_and_others_may_fail(tmp_path, capsys, monkeypatch):
+    cases = {
+        "late": bench_sft.Case("never ready", bench_sft.SETTINGS, limit_s=0.1),
+        "wrong": bench_sft.Case("wrong flag", bench_sft.SETTINGS | {"fsdp_sise": 2}),
+        "fastmoe": bench_sft.GROUPS["one_gpu"]["fastmoe"],
+    }
+    monkeypatch.setitem(bench_sft.GROUPS, "one_gpu", cases)
+    assert bench_sft.main(["one_gpu", *STEPS, "--out", str(tmp_path), "--commit", "abc"]) == 1
+    found = result(tmp_path, "one_gpu")
+    late, wrong, good = found["rows"]
+    assert late["error"].startswith("no result within 0.1 s")
+    assert "did you mean fsdp_size?" in wrong["error"]
+    check(good, tokens=4 * 64)
+    assert found["environment"]["commit"] == "abc" and found["environment"]["packages"]["trl"]
+    assert report.table(found) in capsys.readouterr().out
+
+
+@pytest.mark.grid
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA: real sizes")
+@pytest.mark.parametrize("group", ["ep", "recipes"])
+def test_two_ranks(tmp_path, group):
+    assert bench_sft.main([group, *STEPS, "--out", str(tmp_path)]) == 0
+    rows = {row["case"]: row for row in result(tmp_path, group)["rows"]}
+    if group == "ep":
+        check(rows["theirs"], tokens=2 * 4 * 64)
+        check(rows["ours"], tokens=2 * 4 * 64)
+        # The same weights and data: only the way of the tokens differs.
+        assert rows["ours"]["mean_loss"] == pytest.approx(rows["theirs"]["mean_loss"], abs=1e-5)
+    else:
+        check(rows["ep_fsdp"], tokens=2 * 4 * 64)
+        check(rows["long_context"], tokens=512)
+
+
+def test_what_there_is_not(capsys):
+    for what, message in (("two_gpu", "no group"), ("ep:their", "no case of ep")):
+        with pytest.raises(SystemExit):
+            bench_sft.main([what])
+        assert message in capsys.readouterr().err
