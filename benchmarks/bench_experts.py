@@ -1,9 +1,9 @@
 """The experts benchmark: `python -m benchmarks.bench_experts`, or `hf-moe-ep bench` where the
 package is installed.
 
-Modes: train, decode, kernels (a GPU only), first_step. Each writes one JSON file, after every
-problem, and prints its table; the exit status is 1 when our own implementation is wrong, fails or
-is missing.
+Modes: train, decode, kernels (a GPU only), first_step, accumulate. Each writes one JSON file, after
+every problem, and prints its table; the exit status is 1 when our own implementation is wrong,
+fails or is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import first_step, floors, kernel_times, layer, peers, report
+from . import accumulate, first_step, floors, kernel_times, layer, peers, report
 from .environment import command, describe, device_slug
 from .layer import Row, Settings
 from .problems import DECODE, EDGE, TRAINING, Problem
@@ -35,11 +35,13 @@ GPU_PEERS = {
     "decode": ("fastmoe", "grouped_mm", "batched_mm", "scattermoe"),
     "kernels": ("fastmoe",),
     "first_step": ("fastmoe", "grouped_mm"),
+    "accumulate": ("fastmoe", "fastmoe_lean"),
 }
 CPU_PEERS = {
     "train": ("fastmoe", "grouped_mm", "eager"),
     "decode": ("fastmoe", "grouped_mm", "batched_mm"),
     "first_step": ("fastmoe", "grouped_mm"),
+    "accumulate": ("fastmoe", "fastmoe_lean"),
 }
 
 
@@ -187,13 +189,14 @@ def _measure(
         "train": layer.train,
         "decode": layer.decode,
         "kernels": kernel_times.measure,
+        "accumulate": accumulate.measure,
     }
     yield from by_mode[mode](problem, settings)
 
 
 def _ours_failed(row: Row) -> bool:
     failures = [k for k in row if k in ("wrong", "not_available") or k.endswith("error")]
-    return row["implementation"] == peers.OURS and bool(failures)
+    return row["implementation"] in (peers.OURS, peers.LEAN) and bool(failures)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def admit(
             rows[name]["error"] = _first_line(e)
             continue
         objections = gate.gross_objections(found, settings.dtype)
-        if name == peers.OURS:
+        if name in (peers.OURS, peers.LEAN):
             objections = gate.objections(found, baseline, settings.dtype)
         if objections:
             rows[name]["wrong"] = objections

@@ -19,6 +19,7 @@ from .gate import Forward
 from .problems import Inputs, Problem
 
 OURS = "fastmoe"
+LEAN = "fastmoe_lean"
 BASELINE = "grouped_mm"  # the yardstick of the gate, and transformers' default
 
 
@@ -49,13 +50,22 @@ def fastmoe(problem: Problem) -> Forward:
     """Ours, through the door that hf_moe_ep itself uses: $HF_MOE_EP_KERNEL picks bundled, hub or a
     path.
     """
+    return _fused_experts()
+
+
+def _fused_experts(**options) -> Forward:
     from hf_moe_ep.kernel import get_kernel
 
     kernel = get_kernel()
     gate = kernel.Gate("silu")
     return lambda i: kernel.fused_experts(
-        i.x, i.top_k_index, i.top_k_weights, i.up, i.down, gate=gate
+        i.x, i.top_k_index, i.top_k_weights, i.up, i.down, gate=gate, **options
     )
+
+
+def fastmoe_lean(problem: Problem) -> Forward:
+    """Ours, keeping the input alone between forward and backward."""
+    return _fused_experts(recompute=True)
 
 
 def grouped_mm(problem: Problem) -> Forward:
@@ -148,7 +158,8 @@ def sonicmoe(problem: Problem) -> Forward:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Problem], Forward]] = {
-    f.__name__: f for f in (fastmoe, grouped_mm, batched_mm, eager, liger, scattermoe, sonicmoe)
+    f.__name__: f
+    for f in (fastmoe, fastmoe_lean, grouped_mm, batched_mm, eager, liger, scattermoe, sonicmoe)
 }
 NEEDS_CUDA = ("liger", "scattermoe", "sonicmoe")
 

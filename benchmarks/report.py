@@ -323,6 +323,30 @@ def _router(result: Result) -> str:
     return _markdown([*header, "forward + backward ms", "of the layer"], lines)
 
 
+def _accumulate(result: Result) -> str:
+    """Experts that keep their input alone beside the others; then ways to add up micro-batches."""
+    lean, ways = [], []
+    base = {_key(r): r for r in result["rows"] if r["implementation"] == "fastmoe" and "step" in r}
+    alone = {_key(r): r for r in result["rows"] if r.get("way") == "no accumulation"}
+    for row in result["rows"]:
+        cells = [_shape(row), str(row["T"])]
+        if "micro_batches" in row:
+            spent = row["micro_batches"]["median_ms"]
+            over = spent - alone[_key(row)]["micro_batches"]["median_ms"]
+            errors = row.get("sum_errors", {}).values()
+            cells += [row["way"], _ms(row, "micro_batches"), _number(over), _get(row, "peak_mib")]
+            ways.append([*cells, _number(max(errors)) if errors else "-"])
+        elif "step" in row and row["implementation"] != DENSE:
+            share = row["step"]["median_ms"] / base[_key(row)]["step"]["median_ms"]
+            cells += [_label(row["implementation"], result), _ms(row, "forward"), _ms(row, "step")]
+            memory = [_get(row, "saved_mib"), _get(row, "peak_mib")]
+            lean.append([*cells, f"{share:.2f}", *memory])
+    header = ["shape (H, I, E, K)", "T", "", "forward ms", "step ms", "of fastmoe's"]
+    first = _markdown([*header, "saved MiB beside x", "peak MiB"], lean)
+    header = ["shape (H, I, E, K)", "T", "8 micro-batches", "ms", "ms for adding up", "peak MiB"]
+    return first + "\n\n" + _markdown([*header, "error of the sum"], ways)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "train": _train,
     "train:short": _train_short,
@@ -337,10 +361,11 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "sanitize": _sanitize,
     "generate": _generate,
     "router": _router,
+    "accumulate": _accumulate,
 }
 
 
-SPREAD = ("train", "decode", "ep", "sequence", "sft")  # the tables that show one
+SPREAD = ("train", "decode", "accumulate", "ep", "sequence", "sft")  # the tables that show one
 
 
 def table(result: Result, short: bool = False) -> str:
@@ -374,9 +399,9 @@ def _provenance(result: Result, spread: str) -> str:
 def one_line(row: Row) -> str:
     """A row as a line of progress."""
     parts = [row["problem"], f"T={row['T']}", row["implementation"]]
-    parts += [row[k] for k in ("caches", "phase", "kernel") if k in row]
+    parts += [row[k] for k in ("caches", "phase", "kernel", "way") if k in row]
     parts += [s for s in [_status(row)] if s]
-    for quantity in ("forward", "step", "frozen_step", "graph", "eager", "time"):
+    for quantity in ("forward", "step", "frozen_step", "graph", "eager", "time", "micro_batches"):
         if quantity in row:
             parts.append(f"{quantity} {_ms(row, quantity)} ms")
         if f"{quantity}_error" in row:

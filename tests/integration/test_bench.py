@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    accumulate,
     bench_experts,
     environment,
     first_step,
@@ -35,6 +36,33 @@ SMALL = Problem("small", 40, 32, 48, 6, 2)  # T, H, I, E, K
 
 def settings(*names: str, dtype=torch.float32) -> layer.Settings:
     return layer.Settings(CPU, dtype, 0.01, names, None)
+
+
+# --- lean experts and accumulation ---
+
+
+def test_accumulation_rows_have_times_errors_and_memory():
+    rows = accumulate.measure(SMALL, settings(dtype=torch.bfloat16))
+    lean = next(r for r in rows if r["implementation"] == peers.LEAN)
+    ours = next(r for r in rows if r["implementation"] == peers.OURS)
+    assert lean["same_bits"] and lean["saved_mib"] < ours["saved_mib"] / 5
+    ways = {r["way"]: r for r in rows if "way" in r}
+    assert list(ways) == list(accumulate.WAYS) and all("micro_batches" in r for r in ways.values())
+    assert not any(bench_experts._ours_failed(r) for r in rows)
+    errors = {way: max(r["sum_errors"].values()) for way, r in ways.items() if "sum_errors" in r}
+    assert errors["main_grad, fp32"] < errors["autograd"] == max(errors.values()) < 0.02
+
+
+def test_a_sum_that_is_wrong_is_not_timed(monkeypatch):
+    def doubled(self):
+        return [2 * g if self.way == "main_grad" else g for g in right(self)]
+
+    right = accumulate._Way.__call__
+    monkeypatch.setattr(accumulate._Way, "__call__", doubled)
+    rows = accumulate.measure(SMALL, settings())
+    wrong = [r for r in rows if "wrong" in r]
+    assert [r["way"] for r in wrong] == ["main_grad"] and "micro_batches" not in wrong[0]
+    assert bench_experts._ours_failed(wrong[0])
 
 
 # --- the gate ---
