@@ -2,6 +2,8 @@
 over all ranks (Ulysses, sp_size = ranks) beside one sequence on each rank.
 
     torchrun --nproc-per-node 2 -m benchmarks.bench_sequence
+    torchrun --nproc-per-node 2 -m benchmarks.bench_sequence --tokens 65536,131072 --rounds 2 \\
+        --warm_up 1 --longest 60    # and the longest sequence that the ranks hold together
 
 Both models are sharded alike (FSDP2 and EP over all ranks) and have the same random weights, made
 on the device. A correctness gate first; then all ranks time the same calls in the same order, and
@@ -81,13 +83,14 @@ def main(argv: list[str]) -> int:
         "environment": describe(device, torchrun("bench_sequence", argv), args.commit),
     }
     name = "checkpointing" if args.checkpointing else "plain"
+    name += "-long" if args.longest else ""
     path = args.out / f"sequence{ranks}-{name}-{device_slug(device)}.json"
     for tokens in [int(t) for t in args.tokens.split(",")]:
-        result["rows"] += measure(models, tokens, args.rounds, device)
+        result["rows"] += measure(models, tokens, args, device)
         _write(result, path)
-    if on_gpu and args.longest:
-        result["longest"] = longest(models, result["rows"], path, result, device)
-        _write(result, path)
+    if args.longest:
+        result["longest"] = {"sp_size": ranks, "ended_by": "running"}
+        longest(models[ranks], result, args.longest, path, device)
     dist.barrier()
     dist.destroy_process_group()
     return int(bool(result["gate"]["wrong"]))
@@ -101,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the layers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--longest", action="store_true", help="also find what fits the memory")
+    parser.add_argument("--warm_up", type=int, default=2, help="rounds before those")
+    parser.add_argument("--longest", type=float, default=0, help="seconds to find what fits; 0: no")
     parser.add_argument("--commit", help="for the record, where git cannot tell")
     parser.add_argument("--out", type=Path, default=Path("bench_output"))
     return parser
@@ -172,16 +176,16 @@ def gate(models: dict[int, nn.Module], dtype: torch.dtype, device: torch.device)
 
 
 def measure(
-    models: dict[int, nn.Module], tokens: int, rounds: int, device: torch.device
+    models: dict[int, nn.Module], tokens: int, args: argparse.Namespace, device: torch.device
 ) -> list[dict]:
     """One row per model: the spread of its step time, and its memory."""
     # With sp_size 1 every rank has a sequence of its own.
     inputs = {n: sequence(tokens, device, 0 if n > 1 else dist.get_rank()) for n in models}
     times = {n: [] for n in models}
-    for index in range(rounds + 2):
+    for index in range(args.rounds + args.warm_up):
         for n, model in models.items():
             ms = _milliseconds(lambda model=model, ids=inputs[n]: step(model, ids), device)
-            if index >= 2:  # the first rounds compile and warm up
+            if index >= args.warm_up:  # the first rounds compile and warm up
                 times[n].append(ms)
     rows = []
     for n, model in models.items():
@@ -228,31 +232,62 @@ def memory_of(model: nn.Module, ids: Tensor, device: torch.device) -> dict:
 
 
 def longest(
-    models: dict[int, nn.Module], rows: list[dict], path: Path, result: dict, device: torch.device
-) -> dict:
-    """sp_size -> the longest sequence by a straight line through the two longest rows, and whether
-    one step of it ran. A process that runs out of memory ends the benchmark; what was found before
-    stands in the file."""
-    total = torch.cuda.get_device_properties(device).total_memory / GIB
-    found = {}
-    for n, model in models.items():
-        (t0, p0), (t1, p1) = [(r["T"], r["process_gib"]) for r in rows if r["sp_size"] == n][-2:]
-        slope = (p1 - p0) / (t1 - t0)
-        tokens = int((0.94 * total - p0) / slope + t0) // LONG * LONG
-        found[str(n)] = {"T": tokens, "ran": False}
-        _write(result | {"longest": found}, path)
-        try:
-            step(model, sequence(tokens, device, 0))
-            synchronize(device)
-        except torch.OutOfMemoryError as error:
-            print(f"sp_size={n}: {tokens} tokens do not fit: {error}", file=sys.stderr, flush=True)
-            os._exit(3)  # the other ranks wait in a collective that this one will not join
-        model.zero_grad()
-        torch.cuda.empty_cache()
-        found[str(n)]["ran"] = True
+    model: nn.Module, result: dict, seconds: float, path: Path, device: torch.device
+) -> None:
+    """Steps of twice the tokens each, up to what memory or `seconds` allow; into result["longest"].
+
+    Memory grows along a straight line, time with the square, from the longest two sequences so far.
+    A process that runs out of memory ends the benchmark; what was found before is in the file.
+    """
+    found = result["longest"]
+    found["steps"] = [
+        {"T": r["T"], "step_s": r["step"]["median_ms"] / 1e3, "process_gib": r["process_gib"]}
+        for r in result["rows"]
+        if r["sp_size"] == found["sp_size"]
+    ]
+    end = time.perf_counter() + seconds
+    while found["ended_by"] == "running":
+        before, last = found["steps"][-2:]
+        found["fits"] = fits(before, last, device)
+        tokens = min(2 * last["T"], found["fits"])
+        expected = last["step_s"] * (tokens / last["T"]) ** 2
+        late = slowest([time.perf_counter() + expected - end], device)[0] > 0
+        if tokens <= last["T"] or late:
+            found["ended_by"] = "seconds" if tokens > last["T"] else "memory"
+            break
+        found["trying"] = tokens
+        _write(result, path)
+        found["steps"].append(one_step(model, tokens, device))
         if dist.get_rank() == 0:
-            print(f"sp_size={n}: {tokens} tokens fit", flush=True)
-    return found
+            print(f"sp_size={found['sp_size']}: {found['steps'][-1]}", flush=True)
+    _write(result, path)
+
+
+def fits(before: dict, last: dict, device: torch.device) -> int:
+    """Tokens that fill 0.94 of the memory, by two steps; on a CPU four times the last."""
+    if device.type != "cuda":
+        return 4 * last["T"]
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    slope = (last["process_gib"] - before["process_gib"]) / (last["T"] - before["T"])
+    return int((0.94 * total - last["process_gib"]) / slope + last["T"]) // LONG * LONG
+
+
+def one_step(model: nn.Module, tokens: int, device: torch.device) -> dict:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    ids = sequence(tokens, device, 0)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    try:
+        ms = _milliseconds(lambda: step(model, ids), device)
+    except torch.OutOfMemoryError as error:
+        print(f"{tokens} tokens do not fit: {error}", file=sys.stderr, flush=True)
+        os._exit(3)  # the other ranks wait in a collective that this one will not join
+    model.zero_grad()
+    most = torch.cuda.max_memory_allocated(device) if on_gpu else 0
+    over, process = slowest([(most - before) / GIB, most / GIB], device) if on_gpu else (None, None)
+    return {"T": tokens, "step_s": ms / 1e3, "peak_gib": over, "process_gib": process}
 
 
 def _write(result: dict, path: Path) -> None:

@@ -235,11 +235,51 @@ def _sequence(result: Result) -> str:
         share = row["step"]["median_ms"] / one["step"]["median_ms"]
         cells = [str(row["T"]), str(row["sp_size"]), _ms(row, "step"), f"{share:.2f}"]
         cells += [_get(row, "activations_gib")]
-        if row["activations_gib"]:
-            cells.append(f"{row['activations_gib'] / one['activations_gib']:.2f}")
+        kept = row["activations_gib"]
+        cells.append(f"{kept / one['activations_gib']:.2f}" if kept else "-")
         lines.append([*cells, _get(row, "peak_gib"), f"{row['tokens_per_s']:,.0f}"])
+    measured = {row["T"] for row in result["rows"]}
+    for step in result.get("longest", {}).get("steps", []):
+        if step["T"] not in measured:
+            ms, rate = _number(step["step_s"] * 1e3), f"{step['T'] / step['step_s']:,.0f}"
+            cells = [str(step["T"]), str(result["longest"]["sp_size"]), f"{ms}, once"]
+            lines.append([*cells, "-", "-", "-", _get(step, "peak_gib"), rate])
     header = ["tokens", "sp_size", "step ms", "of sp_size 1", "activations GiB", "of sp_size 1"]
     return _markdown([*header, "peak over weights GiB", "tokens/s"], lines)
+
+
+def _upkeep(result: Result) -> str:
+    """What the check of every step costs, and what a checkpoint does."""
+    lines = []
+    for row in result["rows"]:
+        if row["what"] == "finite check":
+            what = f"check of every step, {row['layers']} layers, {row['micro_batches']} x "
+            cells = [what + f"{row['T']} tokens", _number(row["step"]["median_ms"])]
+            lines.append([*cells, _number(row["check_ms"]), f"{row['share']:.1%}", "-"])
+        else:
+            way = "in the background" if row["asynchronous"] else "at once"
+            cells = [f"saving {_number(row['gib'])} GiB {way}", _number(row["step_ms"])]
+            lost, there = _number(row["training_lost_ms"]), _number(row["there_after_ms"] / 1e3)
+            lines.append([*cells, f"{lost}, {_number(row['stall_ms'])} of it at once", "-", there])
+    header = ["", "step ms", "costs training ms", "of the step", "there after s"]
+    return _markdown(header, lines)
+
+
+def _stability(result: Result) -> str:
+    """Two runs from one start: their losses, and that nothing was not finite."""
+    lines = []
+    for row in result["rows"]:
+        losses = row["loss"]
+        cells = [row["run"], f"{len(losses)} of {result['steps']}", _number(losses[0])]
+        cells += [_number(sum(losses[part]) / len(losses[part])) for part in STABILITY_PARTS]
+        cells += [row.get("not_finite", "none")]
+        lines.append([*cells, _get(row, "step_ms"), _get(row, "peak_gib")])
+    header = ["weights and states", "steps", "first loss", "mean of the first 20"]
+    header += ["mean of the last 20", "not finite", "step ms", "peak GiB"]
+    return _markdown(header, lines)
+
+
+STABILITY_PARTS = (slice(20), slice(-20, None))
 
 
 def _plan(result: Result) -> str:
@@ -356,6 +396,8 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "ep": _ep,
     "plan": _plan,
     "sequence": _sequence,
+    "stability": _stability,
+    "upkeep": _upkeep,
     "sft": _sft,
     "random": _random,
     "sanitize": _sanitize,

@@ -5,7 +5,8 @@
 Two runs from the same weights on the same text, --steps each, with FiniteCheck in every step: all
 in bf16, then with fp32 weights and optimizer state (bf16 compute, FSDP2's mixed precision). Also
 times the check. Qwen3-30B-A3B's layers, --layers of them; a token is a byte of Python's manual.
-Fails (exit 1) on a value that is not finite, or where the losses of the first steps differ.
+Fails (exit 1) on a value that is not finite, or where the losses of the first steps differ. The
+file is written every 20 steps, so what was seen before a time-out stands in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,49 +36,60 @@ from .timing import synchronize
 BYTES = 256
 START = 20  # steps over which the two runs have to agree
 AGREE = 0.02  # relative difference of their mean losses there
+WRITE = 20  # steps between two writes of the file
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     device = join()
+    result = {
+        "benchmark": "stability",
+        "mode": "stability",
+        "ranks": dist.get_world_size(),
+        "dtype": "bfloat16",
+        "layers": args.layers,
+        "tokens_per_rank": args.tokens,
+        "steps": args.steps,
+        "lr": args.lr,
+        "rows": [],
+        "environment": describe(device, torchrun("stability", argv), args.commit),
+    }
+    path = args.out / f"stability{dist.get_world_size()}-{device_slug(device)}.json"
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
         dist.broadcast_object_list(shared)
         if dist.get_rank() == 0:
             _save_model(shared[0], args, device)
         dist.barrier()
-        rows = [_run(shared[0], name, args, device) for name in ("bf16", "fp32 master")]
+        for name in ("bf16", "fp32 master"):
+            result["rows"].append({"run": name})
+            _run(shared[0], result["rows"][-1], args, device, partial(_write, result, path))
         dist.barrier()
-    early = [statistics.mean(row["loss"][:START]) for row in rows]
-    difference = abs(early[0] - early[1]) / early[1]
-    wrong = any("not_finite" in row for row in rows) or difference > AGREE
-    result = {
-        "benchmark": "stability",
-        "ranks": dist.get_world_size(),
-        "layers": args.layers,
-        "tokens_per_rank": args.tokens,
-        "lr": args.lr,
-        "first_steps_differ_by": difference,
-        "last_steps_differ_by": _last_difference(rows),
-        "rows": rows,
-        "environment": describe(device, torchrun("stability", argv), args.commit),
+    result |= {
+        "first_steps_differ_by": _difference(result["rows"], slice(START)),
+        "last_steps_differ_by": _difference(result["rows"], slice(-START, None)),
     }
+    _write(result, path)
     if dist.get_rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"stability{dist.get_world_size()}-{device_slug(device)}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        for row in rows:
+        for row in result["rows"]:
             print({k: v for k, v in row.items() if k not in ("loss", "gradient_norm")})
-        print(f"first steps differ by {difference:.2%}; {path}", flush=True)
+        print(f"first steps differ by {result['first_steps_differ_by']:.2%}; {path}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    return int(wrong)
+    wrong = any("not_finite" in row for row in result["rows"])
+    return int(wrong or not result["first_steps_differ_by"] <= AGREE)
+
+
+def _write(result: dict, path: Path) -> None:
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stability", allow_abbrev=False, description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of each rank, one row")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ep_implementation", default="auto")
@@ -105,10 +119,12 @@ def _save_model(folder: str, args: argparse.Namespace, device: torch.device) -> 
     model.save_pretrained(folder)
 
 
-def _run(folder: str, name: str, args: argparse.Namespace, device: torch.device) -> dict:
-    """One training run; the row of the result, the same on every rank but for the times."""
+def _run(
+    folder: str, row: dict, args: argparse.Namespace, device: torch.device, write: Callable
+) -> None:
+    """One training run into its row of the result, the same on every rank but for the times."""
     world = dist.get_world_size()
-    master = name == "fp32 master"
+    master = row["run"] == "fp32 master"
     layout = DistributedConfig(
         fsdp_size=world,
         ep_size=world,
@@ -128,8 +144,7 @@ def _run(folder: str, name: str, args: argparse.Namespace, device: torch.device)
     text = torch.tensor(list("\n".join(documents()).encode()))
     starts = torch.Generator().manual_seed(dist.get_rank())
     losses, norms, seconds = [], [], []
-    row: dict = {"run": name}
-    for _ in range(args.steps):
+    for step in range(args.steps):
         at = int(torch.randint(len(text) - args.tokens, (), generator=starts))
         ids = text[at : at + args.tokens].unsqueeze(0).to(device)
         synchronize(device)
@@ -150,7 +165,10 @@ def _run(folder: str, name: str, args: argparse.Namespace, device: torch.device)
         dist.all_reduce(mean)
         losses.append(mean / world)
         optimizer.zero_grad()
-    row |= {"loss": torch.stack(losses).tolist(), "gradient_norm": torch.stack(norms).tolist()}
+        if (step + 1) % WRITE == 0:
+            _note(row, losses, norms)
+            write()
+    _note(row, losses, norms)
     row |= _check_cost(model, check, device, statistics.median(seconds))
     del model, optimizer, check
     gc.collect()
@@ -158,7 +176,11 @@ def _run(folder: str, name: str, args: argparse.Namespace, device: torch.device)
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return row
+    write()
+
+
+def _note(row: dict, losses: list, norms: list) -> None:
+    row["loss"], row["gradient_norm"] = (torch.stack(v).tolist() for v in (losses, norms))
 
 
 def _check_cost(model, check: FiniteCheck, device: torch.device, step_s: float) -> dict:
@@ -178,9 +200,12 @@ def _check_cost(model, check: FiniteCheck, device: torch.device, step_s: float) 
     return {"step_ms": step_s * 1e3, "check_ms": cost * 1e3, "check_share": cost / step_s}
 
 
-def _last_difference(rows: list[dict]) -> float:
-    ours, master = (statistics.mean(row["loss"][-START:]) for row in rows)
-    return abs(ours - master) / master
+def _difference(rows: list[dict], steps: slice) -> float:
+    """Of the two runs' mean losses over some steps, relative; NaN where a run ended before."""
+    ours, master = ([*row.get("loss", [])][steps] for row in rows)
+    if len(ours) != len(master) or not ours:
+        return float("nan")
+    return abs(statistics.mean(ours) - statistics.mean(master)) / statistics.mean(master)
 
 
 if __name__ == "__main__":
