@@ -22,6 +22,7 @@ KERNEL_LAYERS = (
     {"__init__"},
     {"layers"},
     {"moe"},
+    {"ahead"},
     {"autograd"},
     {"ops"},
     {"grouped_gemm", "combine", "decode", "exchange"},

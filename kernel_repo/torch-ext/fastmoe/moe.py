@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import decode, ops, tuning
+from .ahead import compile_step
 from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
 from .device import backend_name
 from .gates import Gate
@@ -125,6 +126,8 @@ def _fused(
     operands = (x, weights, up, down, up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         block_m, parts = _route(x, ids, up.shape[0], routing)
+        if not torch.compiler.is_compiling():
+            compile_step(*operands, ids, gate.spec(), transposed, recompute, block_m)
         how = (gate.spec(), transposed, recompute, accumulating, place, block_m)
         return FusedExperts.apply(*operands, ids, *how, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
@@ -252,18 +255,11 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
         raise ValueError(
             f"up is {up.dtype} and down {down.dtype}; both weights must share one dtype"
         )
-    tensors = dict(
-        x=x,
-        top_k_index=ids,
-        top_k_weights=weights,
-        up=up,
-        down=down,
-        up_bias=up_bias,
-        down_bias=down_bias,
-    )
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"all inputs must be on one device, got {devices}")
+    others = (ids, weights, up, down, up_bias, down_bias)
+    if any(t is not None and t.device != x.device for t in others):
+        names = ("top_k_index", "top_k_weights", "up", "down", "up_bias", "down_bias")
+        devices = {n: t.device for n, t in zip(names, others, strict=True) if t is not None}
+        raise ValueError(f"all inputs must be on one device, got {{'x': x.device} | devices}")
 
 
 def _check_values(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> None:

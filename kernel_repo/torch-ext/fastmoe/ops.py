@@ -8,7 +8,9 @@ two numbers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 
 import torch
@@ -22,6 +24,44 @@ from ._ops import add_op_namespace_prefix
 from .gates import Gate
 from .routing import Routing, max_tiles
 from .routing import route as _route
+
+_THREADS = 16  # a step has about ten ops
+
+
+class _PutOff(threading.local):
+    calls: list | None = None  # of this thread, while `side_by_side` collects them
+
+
+_put_off = _PutOff()
+
+
+def side_by_side(step: Callable[[], None], like: Tensor) -> None:
+    """Run `step` with every op put off, its results left unwritten; then all ops, a thread each.
+
+    On the device of `like`. For what the first call of an op does besides: it compiles. Exceptions
+    of the ops are dropped, and so is what memory has no room for. No caller's autocast, hooks or
+    checkpointing reaches these threads.
+    """
+    calls = []
+
+    def collect() -> None:
+        _put_off.calls = calls
+        try:
+            with torch.cuda.device_of(like):
+                step()
+        except torch.OutOfMemoryError:
+            pass  # those left compile at their first launch
+        finally:
+            _put_off.calls = None
+
+    def run(function: Callable, args: tuple) -> None:
+        with torch.cuda.device_of(like), torch.no_grad():
+            function(*args)
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        threads.submit(collect).result()
+        for call in calls:
+            threads.submit(run, *call)
 
 
 def _op(schema: str, fake: Callable) -> Callable:
@@ -41,8 +81,12 @@ def _op(schema: str, fake: Callable) -> Callable:
 
         @wraps(function)
         def call(*args):
-            traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-            return registered(*args) if traced else function(*args)
+            if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+                return registered(*args)
+            if _put_off.calls is not None:
+                _put_off.calls.append((function, args))
+                return fake(*args)
+            return function(*args)
 
         call.registered = registered
         return call

@@ -1,0 +1,82 @@
+"""Compiles the kernels of a training step side by side, before the first step of its kind.
+
+Left alone Triton compiles each at its first launch, one after the other: 10 s for Qwen3-30B-A3B (an
+H200's 16 cores, empty cache). Shapes as in `autograd`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from . import ops
+from .autograd import FusedExperts
+from .device import backend_name
+
+_compiled: set[tuple] = set()  # kinds of steps whose kernels this process has
+
+
+def compile_step(
+    x: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None,
+    down_bias: Tensor | None, ids: Tensor, gate: str, transposed: bool, recompute: bool,
+    block_m: int,
+) -> None:  # fmt: skip
+    """For the step that is about to run on these operands; returns at once if it knows its kind.
+
+    Runs the layer on one token without experts, its ops each in a thread of their own. Memory
+    meanwhile: twice the weight gradients of up to 16 experts. What fails here fails again in the
+    step itself, which then says so.
+    """
+    operands = (x, weights, up, down, up_bias, down_bias)
+    experts = few(up.shape[0])
+    how = (gate, transposed, recompute, block_m, ids.shape[1], ids.dtype, experts)
+    kind = (*how, x.device, *(_kind(t) for t in operands))
+    if kind in _compiled or not _serves(x):
+        return
+    _compiled.add(kind)
+
+    def step() -> None:
+        token = [t.new_zeros(1, t.shape[1]).requires_grad_(t.requires_grad) for t in operands[:2]]
+        stacks = [
+            None if w is None else w.detach()[:experts].requires_grad_(w.requires_grad)
+            for w in operands[2:]
+        ]
+        nothing = (None, None), None  # no gradient goes into a main_grad, no result has its place
+        out = FusedExperts.apply(
+            *token, *stacks, ids.new_zeros(1, ids.shape[1]), gate, transposed, recompute,
+            *nothing, block_m, *_no_rows(ids, experts),
+        )  # fmt: skip
+        with torch.no_grad():
+            FusedExperts.backward(out.grad_fn, torch.zeros_like(out))
+
+    ops.side_by_side(step, x)
+
+
+def few(experts: int) -> int:
+    """A smaller number of experts for which Triton compiles the same: 1, a multiple of 16, or not.
+
+    E.g. 16 for 128, 2 for 9.
+    """
+    return 1 if experts == 1 else 2 if experts % 16 else 16
+
+
+def _serves(x: Tensor) -> bool:
+    """Where something is compiled; not while a graph is recorded, which other threads would spoil,
+    or under a mode that sees every op."""
+    if x.device.type != "cuda" or backend_name(x) != "triton":
+        return False
+    return not (torch.cuda.is_current_stream_capturing() or is_in_torch_dispatch_mode())
+
+
+def _kind(t: Tensor | None) -> tuple | None:
+    return None if t is None else (t.dtype, tuple(t.shape[1:]), t.requires_grad)
+
+
+def _no_rows(ids: Tensor, experts: int) -> list[Tensor]:
+    """`Routing.tensors()` of one token whose slots belong to no expert: no tile, no row."""
+    top_k = ids.shape[1]
+    perm, offsets, tiles, num_tiles = (
+        ids.new_zeros(shape, dtype=torch.int32) for shape in (top_k, experts + 1, (1, 2), 1)
+    )
+    return [perm, torch.full_like(perm, -1), offsets, tiles, num_tiles]

@@ -1,0 +1,125 @@
+"""Compiling a step's kernels side by side (fastmoe/ahead.py): what it calls is what the step calls.
+
+On a CPU nothing is compiled; the calls are the same.
+"""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastmoe
+from benchmarks.problems import Problem, make_inputs
+from fastmoe import ahead
+from fastmoe import combine as combine_file
+from fastmoe import grouped_gemm as gemm_file
+from tests.kernels.common import DEVICE, DTYPES, run
+
+PLAIN = Problem("plain", 30, 32, 48, 5, 2)
+SIXTEENS = Problem("sixteens", 40, 64, 32, 48, 4, sentinels=0.3)
+GPT_OSS = replace(
+    PLAIN, name="gpt_oss", gate="clamped", bias=True, transposed=True, interleaved=True
+)
+HOST = {
+    gemm_file: ("up_gate", "grouped_linear", "gate_backward", "weight_grad", "bias_grad"),
+    combine_file: ("combine", "routing_weight_grad"),
+}
+
+
+def described(arg):
+    """What of an argument Triton compiles for: dtypes and widths; of E what `few` keeps."""
+    if isinstance(arg, torch.Tensor):
+        stack = (ahead.few(arg.shape[0]),) if arg.dim() == 3 else ()
+        return (arg.dtype, *stack, *arg.shape[1:])
+    if isinstance(arg, fastmoe.Routing):
+        return (arg.block_m, arg.top_k, ahead.few(arg.num_experts))
+    return arg
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(in the main thread, host function, what is compiled for) of every call; ahead is on."""
+    found = []
+    for file, names in HOST.items():
+        for name in names:
+            real = getattr(file, name)
+
+            def recording(*args, function=real, name=name):
+                main = threading.current_thread() is threading.main_thread()
+                found.append((main, name, tuple(map(described, args))))
+                return function(*args)
+
+            monkeypatch.setattr(file, name, recording)
+    monkeypatch.setattr(ahead, "_serves", lambda x: True)
+    monkeypatch.setattr(ahead, "_compiled", set())
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("p", [PLAIN, SIXTEENS, GPT_OSS], ids=lambda p: p.name)
+def test_fused_step_is_compiled_ahead(p, recompute, calls, monkeypatch):
+    inputs = make_inputs(p, DTYPES[0], DEVICE)
+    got = run(fastmoe.fused_experts, p, inputs, recompute=recompute)
+    # The backward runs in this thread on a CPU, in autograd's on a GPU: it comes after the others.
+    first = next(i for i, (main, *_) in enumerate(calls) if main)
+    early, step = calls[:first], calls[first:]
+    assert {c[1:] for c in early} == {c[1:] for c in step} and len(early) == len(step)
+
+    calls.clear()
+    again = run(fastmoe.fused_experts, p, inputs, recompute=recompute)
+    assert len(calls) == len(step)  # known by now
+    for name, value in got.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_each_kind_of_step_is_compiled_once(calls):
+    def early(p, **frozen):
+        inputs = make_inputs(p, DTYPES[0], DEVICE)
+        calls.clear()
+        run(fastmoe.fused_experts, p, inputs, **frozen)
+        return not calls[0][0]
+
+    assert early(PLAIN) and not early(PLAIN)
+    assert not early(PLAIN.at(PLAIN.T - 1))  # as many rows an expert, roughly
+    assert not early(replace(PLAIN, E=7)) and early(replace(PLAIN, E=16))
+    assert early(replace(PLAIN, K=1)) and early(replace(PLAIN, gate="gelu"))
+
+
+def test_frozen_weights_take_no_gradient_ahead(calls):
+    inputs = make_inputs(PLAIN, DTYPES[0], DEVICE)
+    x = inputs.x.requires_grad_()
+    out = fastmoe.fused_experts(x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    out.sum().backward()
+    assert calls and "weight_grad" not in {name for _, name, _ in calls}
+
+
+def test_nothing_of_the_callers_context_is_touched(calls):
+    """Checkpointing counts what is saved, and recomputes when it is read back."""
+    inputs = make_inputs(PLAIN, DTYPES[0], DEVICE)
+
+    def checkpointed(*args, **kwargs):
+        return checkpoint(fastmoe.fused_experts, *args, use_reentrant=False, **kwargs)
+
+    got = run(checkpointed, PLAIN, inputs)
+    assert not calls[0][0]
+    for name, value in run(fastmoe.fused_experts, PLAIN, inputs).items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_a_failure_ahead_is_left_to_the_step(calls, monkeypatch):
+    def fails(*args):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no memory")
+        return real(*args)
+
+    inputs, real = make_inputs(PLAIN, DTYPES[0], DEVICE), gemm_file.up_gate
+    want = run(fastmoe.reference_experts, PLAIN, inputs)["out"]
+    monkeypatch.setattr(gemm_file, "up_gate", fails)
+    torch.testing.assert_close(run(fastmoe.fused_experts, PLAIN, inputs)["out"], want)
+
+
+@pytest.mark.parametrize(("experts", "fewer"), [(1, 1), (2, 2), (9, 2), (16, 16), (128, 16)])
+def test_fewer_experts_of_the_same_kind(experts, fewer):
+    assert ahead.few(experts) == fewer
