@@ -257,9 +257,10 @@ def _validate(x, ids, weights, up, down, up_bias, down_bias, transposed, gated, 
         )
     others = (ids, weights, up, down, up_bias, down_bias)
     if any(t is not None and t.device != x.device for t in others):
-        names = ("top_k_index", "top_k_weights", "up", "down", "up_bias", "down_bias")
-        devices = {n: t.device for n, t in zip(names, others, strict=True) if t is not None}
-        raise ValueError(f"all inputs must be on one device, got {{'x': x.device} | devices}")
+        names = ("x", "top_k_index", "top_k_weights", "up", "down", "up_bias", "down_bias")
+        named = zip(names, (x, *others), strict=True)
+        devices = {name: t.device for name, t in named if t is not None}
+        raise ValueError(f"all inputs must be on one device, got {devices}")
 
 
 def _check_values(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> None:
