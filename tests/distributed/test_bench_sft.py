@@ -57,6 +57,13 @@ def test_two_ranks(tmp_path, group):
         check(rows["long_context"], tokens=512)
 
 
+@pytest.mark.parametrize(("norm", "wrong"), [(1.04, False), (1.06, True), (0.94, True)])
+def test_a_case_that_trains_otherwise_is_wrong(norm, wrong):
+    first = {"case": "first", "logged": {"grad_norm": 1.0}}
+    assert ("wrong" in bench_sft.compare({"logged": {"grad_norm": norm}}, first)) == wrong
+    assert not bench_sft.compare({"error": "no result"}, first)
+
+
 def test_what_there_is_not(capsys):
     for what, message in (("two_gpu", "no group"), ("ep:their", "no case of ep")):
         with pytest.raises(SystemExit):
