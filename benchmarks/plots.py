@@ -1,5 +1,5 @@
-"""Draws results: the step of every implementation against the limit, and a roofline. Needs
-matplotlib.
+"""Draws results: the step of every implementation against the limit, under expert parallelism
+against the step without it, and a roofline. Needs matplotlib.
 
 Bytes in the roofline are the least that a forward pass moves: x and the output once, every active
 expert's weights once.
@@ -17,16 +17,21 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 
 from .floors import DENSE  # noqa: E402
 
+SINGLE = "one GPU"  # what bench_ep calls the layer without an exchange
+
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def draw_all(results: Path) -> list[Path]:
-    """A PNG beside each training result, and one roofline per device from its training and decode
-    results.
+    """A PNG beside each training and expert-parallel result, and one roofline per device from its
+    training and decode results.
     """
     drawn = []
     by_name = {p.stem: json.loads(p.read_text()) for p in sorted(results.glob("*.json"))}
     for name, result in by_name.items():
+        if result["mode"] == "ep":
+            path = results / f"{name}.png"
+            drawn.append(step_times(result, path, SINGLE, "our layer on one GPU, no exchange"))
         if result["mode"] != "train":
             continue
         drawn.append(step_times(result, results / f"{name}.png"))
@@ -41,15 +46,18 @@ def _problem(row: dict) -> str:
     return f"{row['problem']}\nT={row['T']}"
 
 
-def step_times(result: dict, path: Path) -> Path:
-    """Bars of step time over the dense limit's, by problem and implementation, with the
-    milliseconds above.
+def step_times(
+    result: dict, path: Path, base: str = DENSE, base_label: str = "dense matmuls alone"
+) -> Path:
+    """Bars of step time over that of the implementation `base`, by problem and implementation, with
+    the milliseconds above.
     """
     rows = [r for r in result["rows"] if "step" in r]
     problems = list(dict.fromkeys(map(_problem, rows)))
-    names = [n for n in dict.fromkeys(r["implementation"] for r in rows) if n != DENSE]
-    limit = {_problem(r): r["step"]["median_ms"] for r in rows if r["implementation"] == DENSE}
-    figure, axes = plt.subplots(figsize=(2 + 1.5 * len(problems), 4.5), layout="constrained")
+    names = [n for n in dict.fromkeys(r["implementation"] for r in rows) if n != base]
+    limit = {_problem(r): r["step"]["median_ms"] for r in rows if r["implementation"] == base}
+    size = (max(8, 2 + 1.5 * len(problems)), 4.5)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         own = [r for r in rows if r["implementation"] == name]
@@ -58,11 +66,12 @@ def step_times(result: dict, path: Path) -> Path:
         bars = axes.bar(at, heights, width, label=name)
         labels = [f"{r['step']['median_ms']:.3g}" for r in own]
         axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="dense matmuls alone")
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label=base_label)
     axes.set_xticks(range(len(problems)), problems, fontsize=7)
-    axes.set_ylabel("step time / dense limit  (ms above the bars)")
+    axes.set_ylabel("step time / dashed line's  (ms above the bars)")
     axes.set_title(
-        f"Experts, forward + backward, {result['dtype']}, {result['environment']['device']}"
+        f"Experts, forward + backward, {result['dtype']}, {result['environment']['device']}",
+        fontsize=10,
     )
     axes.margins(y=0.15)
     figure.legend(fontsize=8, loc="outside right upper")

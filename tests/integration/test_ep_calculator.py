@@ -1,9 +1,20 @@
-"""The calculator of expert-parallel steps, against rows counted by hand and by drawing experts."""
+"""The calculator of expert-parallel steps, against rows counted by hand and by drawing experts, and
+against what two GPUs took; and the plot of that."""
 
 import pytest
 import torch
 
-from benchmarks.ep_calculator import SHAPES, hit, main, step_ms, wire
+from benchmarks.ep_calculator import (
+    MEMORY_GB_S,
+    gemm_tflop_s,
+    hit,
+    layer_ms,
+    main,
+    wire,
+    wire_ms,
+)
+from benchmarks.plots import SINGLE, step_times
+from benchmarks.report import load
 
 
 def test_hit_by_hand():
@@ -26,12 +37,35 @@ def test_rows_by_drawing(ep, per_node):
     assert rows.pairs == pytest.approx(top_k * (1 - 1 / ep))
 
 
-def test_step_by_hand():
+def test_wire_by_hand():
     # one token of width 1000 on each of two ranks with one expert of two each: half a row leaves
-    ms = step_ms(2, 1, (1000, 1, 2, 1), inside_gb_s=1, tflop_s=1)
-    assert ms["inside"] == pytest.approx(4 * 0.5 * 2000 / 1e6)  # bytes over 1e6 bytes per ms
-    assert ms["compute"] == pytest.approx(18 * 1000 / 1e9)
-    assert ms["across"] == 0 and ms["step"] == ms["compute"] + ms["inside"]
+    ms = wire_ms(wire(2, 2, 1), 2000, exchanges=4, inside_gb_s=1, node_gb_s=1)
+    published = 2 * 2 * 2000 / MEMORY_GB_S / 1e6  # read and written, in forward and in backward
+    assert ms["inside"] == pytest.approx(4 * 0.5 * 2000 / 1e6 + published)  # 1e6 bytes per ms
+    assert ms["across"] == 0
+
+
+def test_speeds_are_the_measured_ones():
+    rows = [r for r in load("train-nvidia-h200")["rows"] if r["implementation"] == "fastmoe"]
+    row = next(r for r in rows if (r["problem"], r["T"]) == ("qwen3-30b-a3b", 16384))
+    assert gemm_tflop_s("qwen3-30b-a3b", 1024) == pytest.approx(row["step_tflops"])
+    low, high = (gemm_tflop_s("qwen3-30b-a3b", rows) for rows in (256, 1024))
+    assert gemm_tflop_s("qwen3-30b-a3b", 640) == pytest.approx((low + high) / 2)
+    assert gemm_tflop_s("qwen3-30b-a3b", 1) == low
+
+
+@pytest.mark.parametrize("quantity", ["forward", "step"])
+def test_against_two_gpus(quantity):
+    """As measured; at 4096 tokens the GPUs wait for launches, which the calculator leaves out."""
+    measured = {
+        row["T"]: row[quantity]["median_ms"]
+        for row in load("ep2-nvidia-h200")["rows"]
+        if row["implementation"] == "symmetric" and quantity in row
+    }
+    assert measured.keys() == {16384, 4096}
+    times = {t: ms / layer_ms(quantity, 2, t, "qwen3-30b-a3b")["sum"] for t, ms in measured.items()}
+    assert 1 / 1.15 < times[16384] < 1.15, times
+    assert 1 < times[4096] < 2, times
 
 
 def test_layouts_that_do_not_fit():
@@ -42,8 +76,16 @@ def test_layouts_that_do_not_fit():
 
 
 def test_table(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ep_calculator", "--ep", "2", "8"])
+    monkeypatch.setattr("sys.argv", ["ep_calculator", "--ep", "2", "16"])
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("qwen3-30b-a3b") and len(lines) == 5
-    assert step_ms(2, 16384, SHAPES["qwen3-30b-a3b"])["step"] < float(lines[4].split("|")[6])
+    assert lines[0].startswith("qwen3-30b-a3b") and len(lines) == 9
+    small, large = ([c.strip() for c in line.split("|")[1:-1]] for line in lines[5:7])
+    assert small[:2] == ["2", "64"] and large[:2] == ["16", "8"]
+    step = layer_ms("step", 2, 16384, "qwen3-30b-a3b")
+    assert small[5] == f"{step['sum']:.2f}" and float(large[4]) > 0 == float(small[4])
+
+
+def test_plot(tmp_path):
+    path = step_times(load("ep2-nvidia-h200"), tmp_path / "ep.png", SINGLE, "one GPU")
+    assert path.read_bytes().startswith(b"\x89PNG")
