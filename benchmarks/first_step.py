@@ -73,6 +73,7 @@ def _run_child(
 
 
 def _child(job: dict) -> dict[str, object]:
+    torch_s = time.time() - job["spawned_at"]
     problem, device = Problem(**job["problem"]), torch.device(job["device"])
     built, missing = peers.build([job["name"]], problem, device)
     if missing:
@@ -83,6 +84,7 @@ def _child(job: dict) -> dict[str, object]:
     synchronize(device)
     first_ms = _step_ms(forward, inputs, device)
     result = {
+        "torch_s": torch_s,  # of the import: Python's start and torch
         "import_s": imported_s,
         "first_step_s": first_ms / 1e3,
         "to_end_of_first_step_s": time.time() - job["spawned_at"],  # making the inputs included

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from benchmarks import bench_generate, bench_router, report
+from benchmarks.bench_sequence import TINY as TINY_SIZES
 
 TINY = ["--prompt", "4", "--new", "3", "--batches", "1,2", "--rounds", "1"]
 
@@ -30,6 +33,19 @@ def test_generate_times_what_is_right(tmp_path, fastmoe_calls):
     # Three batches and caches, two calls each, of a prompt and two more tokens in two layers.
     assert len(fastmoe_calls) == 3 * 2 * 3 * 2
     assert "| 1 | 4 | 3 | static | **fastmoe** |" in report.table(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "decoding"),
+    [("fastmoe", "fastmoe"), ("grouped_mm", "batched_mm"), (bench_generate.KEPT,) * 2],
+)
+def test_what_generate_decodes_by_off_the_cpu(name, decoding):
+    config = Qwen3MoeConfig(num_hidden_layers=1, **TINY_SIZES)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM._from_config(config, experts_implementation=name)
+    with model._optimize_model_for_decode():
+        assert model.get_experts_implementation() == {"": decoding}
+    assert model.get_experts_implementation() == {"": name}
 
 
 def decoding_wrong(self, x, ids, weights, routing=None):

@@ -120,6 +120,24 @@ def test_a_failure_ahead_is_left_to_the_step(calls, monkeypatch):
     torch.testing.assert_close(run(fastmoe.fused_experts, PLAIN, inputs)["out"], want)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="nothing is compiled without a GPU")
+@pytest.mark.parametrize("tokens", [9, 500])
+def test_only_the_routing_is_left_to_compile(tokens, monkeypatch):
+    from triton import knobs
+
+    def compiled(fn, **kwargs):
+        found.append((threading.current_thread().name.startswith("ThreadPool"), fn.name))
+
+    found = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", compiled)
+    p = Problem("unseen", tokens, 1280, 640, 16, 4)
+    run(fastmoe.fused_experts, p, make_inputs(p, torch.bfloat16, DEVICE))
+    late = {name.rpartition(".")[2] for ahead_of_step, name in found if not ahead_of_step}
+    assert late <= {"count_kernel", "scan_kernel", "place_kernel"}
+    assert sum(ahead_of_step for ahead_of_step, _ in found) >= 6
+
+
 @pytest.mark.parametrize(("experts", "fewer"), [(1, 1), (2, 2), (9, 2), (16, 16), (128, 16)])
 def test_fewer_experts_of_the_same_kind(experts, fewer):
     assert ahead.few(experts) == fewer
