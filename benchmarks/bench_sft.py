@@ -78,10 +78,10 @@ GROUPS = {
     "one_gpu": {
         "grouped_mm": Case("grouped_mm", THEIRS),
         "fastmoe": Case("fastmoe", SETTINGS),
-        "recipe": as_it_is(FAST, limit_s=140),
         "liger": Case(
             "recipe one_gpu_fast, Liger for compile", LIGER | {"torch_compile": False}, FAST
         ),
+        "recipe": as_it_is(FAST, limit_s=140),
     },
     "ep": {
         "theirs": Case(

@@ -1,5 +1,6 @@
 """The shipped recipes: each is read by the command it is for, and its layout fits its model."""
 
+import os
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from hf_moe_ep.plans.model import meta_model
 from hf_moe_ep.plans.search import USABLE
 from tests import models
 
+REGIONS = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
 ROOT = Path(__file__).resolve().parents[2]
 # Name -> the model's config, GPUs, GiB of each, (tp, fsdp, ep, sp).
 TRAINING = {
@@ -54,6 +56,7 @@ def test_names_and_paths(tmp_path):
 def test_a_training_recipe_is_read_and_fits(name, tmp_path, monkeypatch):
     model_name, world, gib, layout = TRAINING[name]
     models.configs()[model_name].save_pretrained(tmp_path)
+    monkeypatch.setenv(REGIONS, "false")  # a recipe's `env` is set for good
     parser = sft.make_parser()
     flags = ["--config", name, "--use_cpu", "true", "--model_name_or_path", str(tmp_path)]
     script, training, model, _, ours = parser.parse_args_and_config(
@@ -72,6 +75,9 @@ def test_a_training_recipe_is_read_and_fits(name, tmp_path, monkeypatch):
     held = held_parameters(planned, config)
     checkpointing = training.activation_checkpointing
     assert checkpointing == (name != "one_gpu_fast")
+    # Compiled layer by layer; of Liger, where it is asked for, all but its experts.
+    assert training.torch_compile == (os.environ[REGIONS] == "true") == (name == "one_gpu_fast")
+    assert training.liger_kernel_config == ({"swiglu": False} if training.torch_compile else None)
     assert memory(planned, config, held, tokens, checkpointing, accumulates).gib < USABLE * gib
     text = Path(recipes.path(name)).read_text()
     started = f"torchrun --nproc-per-node {world} -m hf_moe_ep sft --config {name}\n"
