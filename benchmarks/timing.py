@@ -8,6 +8,7 @@ alike.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -108,10 +109,10 @@ def interleave(
 ) -> dict[str, Spread]:
     """Round-robin over `calls` for about `seconds`, at least 10 and at most 200 rounds.
 
-    Each round starts with another of the calls, so that none always follows the same neighbour. Two
-    rounds of warm-up come first. `before` runs before every call, outside the measured time; by
-    default it clears the L2 cache. `agree` makes the times of several processes one, so that all
-    run the same rounds.
+    Each round takes the calls in another order, so that none always follows the same neighbour: a
+    GPU at its power limit is slower after a call that heats it. Two rounds of warm-up come first.
+    `before` runs before every call, outside the measured time; by default it clears the L2 cache.
+    `agree` makes the times of several processes one, so that all run the same rounds.
     """
     before = before or ColdCache(device)
     one_round = _cuda_round if device.type == "cuda" else _cpu_round
@@ -122,9 +123,9 @@ def interleave(
     (round_s,) = agree([time.perf_counter() - started])
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / round_s)))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        first = index % len(names)
-        order = names[first:] + names[:first]
+    shuffled = random.Random(0)  # the same on every process
+    for _ in range(rounds):
+        order = shuffled.sample(names, len(names))
         round_ms = agree(one_round([calls[n] for n in order], before))
         for name, ms in zip(order, round_ms, strict=True):
             times[name].append(ms)

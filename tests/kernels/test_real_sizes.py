@@ -34,15 +34,16 @@ def test_real_size(p, dtype):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_problems_at_tile_sizes(seed):
-    """Sizes that the Hopper weight gradient serves, with skew, sentinels and few rows."""
+    """Sizes that the Hopper kernels serve, with skew, sentinels, few rows and part of a tile."""
     gen = torch.Generator().manual_seed(seed)
 
     def pick(*choices):
         return choices[int(torch.randint(len(choices), (1,), generator=gen))]
 
     p = Problem(
-        "random", pick(200, 777, 2048, 3001), pick(256, 512), pick(128, 192, 256), pick(2, 8, 16),
-        pick(1, 2), skew=pick(0.0, 1.0), sentinels=pick(0.0, 0.3),
+        "random", pick(200, 777, 2048, 3001), pick(256, 512), pick(128, 192, 256, 320),
+        pick(2, 8, 16), pick(1, 2), skew=pick(0.0, 1.0), sentinels=pick(0.0, 0.3),
+        transposed=pick(False, True), gate=pick("silu", "gelu_tanh"),
     )  # fmt: skip
     inputs = make_inputs(p, pick(torch.bfloat16, torch.float16), DEVICE, seed)
     assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)

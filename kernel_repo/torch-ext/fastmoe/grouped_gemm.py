@@ -98,6 +98,8 @@ def gate_backward(
     """
     if backend_name(grad) == "torch":
         return torch_ops.gate_backward(grad, weights, down, h, r, gate, transposed, keep_a)
+    if hopper.serves_gate_backward(grad, down, h, r, gate):
+        return hopper.gate_backward(grad, weights, down, h, r, gate, transposed, keep_a)
     rows, (depth, inner) = r.perm.numel(), _out_in(down, transposed)
     from .backends.triton.gated import gate_backward_kernel
 
@@ -197,12 +199,16 @@ def bias_grad(
 def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
 
-    "gluon" holds for 128 rows an expert and more and sizes that fit its tiles, else "triton" does.
+    "gluon" holds for 65 rows an expert and more and sizes that fit its tiles, else "triton" does.
     """
     name = backend_name(torch.empty(0, dtype=dtype, device=device))
-    parts = dict.fromkeys(("routing", "up+gate", "down", "combine", "weight gradients"), name)
+    parts = dict.fromkeys(
+        ("routing", "up+gate", "down", "combine", "gate gradient", "weight gradients"), name
+    )
     if name == "triton" and dtype.itemsize == 2 and hopper.available(device):
         parts["weight gradients"] = "gluon"
+        if dtype == torch.bfloat16:
+            parts["gate gradient"] = "gluon"
     return parts
 
 

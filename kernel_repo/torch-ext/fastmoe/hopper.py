@@ -1,6 +1,6 @@
-"""Host side of the warp-specialised Hopper kernel (Gluon): where it serves, and its launch.
+"""Host side of the warp-specialised Hopper kernels (Gluon): where they serve, and their launches.
 
-Shapes as in `grouped_gemm`, which calls here first and runs its Triton kernel for the rest: other
+Shapes as in `grouped_gemm`, which calls here first and runs its Triton kernels for the rest: other
 GPUs, small batches, sizes that do not fit the tiles, a Triton without Gluon's Hopper interface.
 """
 
@@ -11,16 +11,18 @@ from functools import lru_cache
 import torch
 
 from .device import bind_context, num_programs
+from .gates import Gate
 from .routing import Routing
 
 _BLOCK_M, _TILE_N, _BLOCK_K = 128, 256, 64
-_STAGES = 3  # its store buffers leave room for three
-_TRITON = (3, 6)  # the one version this has run with; its 3.7 build compiles but has not met a GPU
+_STAGES = 3  # the buffers of the results leave room for three
+_GROUP_M = 8  # row tiles that share a column tile's weights in L2
+_TRITON = (3, 6)  # the one version these have run with; their 3.7 build has not met a GPU
 
 
 @lru_cache
 def available(device: torch.device) -> bool:
-    """Whether the device and the Triton here are the ones that this kernel has run with."""
+    """Whether the device and the Triton here are the ones that these kernels have run with."""
     if (
         device.type != "cuda"
         or torch.version.hip is not None
@@ -31,6 +33,56 @@ def available(device: torch.device) -> bool:
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return version == _TRITON
+
+
+def serves_gate_backward(
+    grad: torch.Tensor, w: torch.Tensor, h: torch.Tensor, r: Routing, gate: Gate
+) -> bool:
+    """Whether the kernel takes grad (T, H), the down weight (E, H, I) or (E, I, H), and this gate.
+
+    It does if they are bf16 and aligned, H is a multiple of its step, the gate has halves, and
+    there are more than 64 rows an expert. Not fp16: what it keeps between the GEMM and the gate is
+    not yet multiplied by the routing weight, and might overflow.
+    """
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (grad, w, h))
+    return (
+        gate.gated
+        and not gate.interleaved
+        and r.block_m == _BLOCK_M
+        and grad.dtype == torch.bfloat16
+        and available(grad.device)
+        and aligned
+        and h.shape[0] > 0
+        and h.shape[1] % 16 == 0
+        and grad.shape[1] % _BLOCK_K == 0
+    )
+
+
+def gate_backward(
+    grad: torch.Tensor, weights: torch.Tensor, down: torch.Tensor, h: torch.Tensor,
+    r: Routing, gate: Gate, transposed: bool, keep_a: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(grad_h (S, 2I), weights * a (S, I) or empty, dots (S, n)).
+
+    See `grouped_gemm.gate_backward`; the gradient of a is rounded to bf16 before the gate's.
+    """
+    from .backends.gluon.gated import gate_backward_kernel
+
+    rows, inner = h.shape[0], h.shape[1] // 2
+    n_tiles = -(-inner // _TILE_N)
+    grad_h = torch.empty_like(h)
+    a = grad.new_empty((rows, inner) if keep_a else 0)
+    dots = grad.new_empty(rows, n_tiles, dtype=torch.float32)
+    block = (_TILE_N, _BLOCK_K) if transposed else (_BLOCK_K, _TILE_N)
+    programs = num_programs(grad.device)
+    gate_backward_kernel[(programs,)](
+        grad, _descriptor(down.view(-1, down.shape[2]), block), weights, h, grad_h, a, dots,
+        r.perm, r.offsets, r.tiles, r.num_tiles, rows, r.num_experts,
+        inner, grad.shape[1], r.top_k, not transposed, keep_a,
+        gate.activation, gate.alpha, gate.limit, gate.up_offset,
+        _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M, programs, num_warps=4,
+    )  # fmt: skip
+    return grad_h, a, dots
 
 
 def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:

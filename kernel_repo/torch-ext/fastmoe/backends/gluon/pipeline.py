@@ -1,6 +1,6 @@
 """What the warp-specialised kernels share: a ring of stages between one producer and two consumers.
 
-Four producer warps fill a stage of shared memory (gathered rows by cp.async, the other operand by
+The producer's warps fill a stage of shared memory (gathered rows by cp.async, what is contiguous by
 bulk copy) and run ahead over tile borders; two warpgroups of consumers multiply it, 64 rows of the
 tile each. `full` and `empty` hold one mbarrier a stage.
 """
@@ -10,8 +10,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-PRODUCER_WARPS = gl.constexpr(4)
-PRODUCER_THREADS = gl.constexpr(128)
 CONSUMERS = gl.constexpr(2)
 
 
@@ -28,16 +26,16 @@ def before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr):
+def make_barriers(STAGES: gl.constexpr, GATHERING_WARPS: gl.constexpr):
     """(full, empty), the barriers of every stage.
 
-    A stage is full once every producer thread's copies and the bulk copy's bytes have arrived, and
-    empty once both consumers have let go of it.
+    A stage is full once the bulk copies' bytes and the copies of every thread of the warps that
+    gather have arrived, and empty once both consumers have let go of it.
     """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1 + PRODUCER_THREADS)
+        mbarrier.init(full.index(s), count=1 + 32 * GATHERING_WARPS)
         mbarrier.init(empty.index(s), count=CONSUMERS)
     return full, empty
 

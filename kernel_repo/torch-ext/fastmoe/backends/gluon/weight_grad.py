@@ -17,7 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import PRODUCER_WARPS, advance, before, copy_rows, make_barriers
+from .pipeline import advance, before, copy_rows, make_barriers
+
+PRODUCER_WARPS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -164,7 +166,7 @@ def weight_grad_kernel(
     out_bufs = gl.allocate_shared_memory(
         out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
     )
-    full, empty = make_barriers(STAGES)
+    full, empty = make_barriers(STAGES, PRODUCER_WARPS)
     gl.warp_specialize(
         [
             (_consume, (
