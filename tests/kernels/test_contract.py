@@ -5,6 +5,7 @@ Memory, frozen parts, tracing, checkpointing, and clear refusals.
 
 import functools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastmoe
 from benchmarks.problems import EDGE, make_inputs
-from fastmoe import autograd, ops, tuning
+from fastmoe import autograd, decode, ops, tuning
 from tests.kernels.common import DEVICE, error, run
 
 SMALL = EDGE[0]
@@ -284,8 +285,6 @@ def test_captures_into_a_cuda_graph():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs 30 GiB of GPU memory")
 def test_more_than_two_billion_elements():
-    from dataclasses import replace
-
     p = replace(SMALL, T=600_000, H=64, I=1024, E=2, K=2)  # h (1.2M, 2048) has 2.4e9 elements
     inputs = make_inputs(p, torch.bfloat16, DEVICE)
     got = run(fastmoe.fused_experts, p, inputs)
@@ -321,6 +320,55 @@ def test_backward_in_a_thread_without_a_context():
     thread.start()
     thread.join()
     assert not failures
+
+
+class Kernel:
+    """A Triton kernel that compiles once for aligned addresses and once for others."""
+
+    def __init__(self):
+        self.log = []
+
+    def __getitem__(self, grid):
+        def launch(*args):
+            self.log.append(("looked at", grid, args))
+            return Compiled(self.log)
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, log):
+        self.log = log
+
+    def __getitem__(self, grid):
+        return lambda *args: self.log.append(("launched", grid, args))
+
+
+def test_decode_launches_a_known_kind_directly_unless_an_address_is_odd():
+    kernel, compiled, t = Kernel(), {}, torch.zeros(64)
+    grid, odd = (2, 3, 1), t[1:]
+    assert t.data_ptr() % 16 == 0
+    for tensors in ((t, None), (t, None), (odd, None), (t, odd), (t, t)):
+        decode._launch(kernel, grid, compiled, "up", tensors, 7)
+    assert [(how, where) for how, where, _ in kernel.log] == [
+        ("looked at", grid), ("launched", grid), ("looked at", grid), ("looked at", grid),
+        ("launched", grid),
+    ]  # fmt: skip
+    assert all(args[-1] == 7 and len(args) == 3 for *_, args in kernel.log)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter compiles nothing")
+def test_decode_of_other_kinds_and_odd_addresses():
+    for dtype in (torch.bfloat16, torch.float32):
+        for ids in (torch.int32, torch.int64):
+            i = make_inputs(replace(SMALL, T=1), dtype, DEVICE)
+            args = (i.top_k_index.to(ids), i.top_k_weights, i.up, i.down)
+            odd = torch.cat([i.x.new_zeros(1), i.x.flatten()])[1:].view_as(i.x)
+            want = fastmoe.reference_experts(i.x, i.top_k_index, *args[1:])
+            with torch.no_grad():
+                for x in (i.x, i.x, odd, i.x):
+                    assert error(fastmoe.fused_experts(x, *args), want.double()) < 0.01
 
 
 class ExpertsModule(torch.nn.Module):

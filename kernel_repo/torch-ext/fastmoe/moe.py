@@ -127,7 +127,8 @@ def _fused(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         block_m, parts = _route(x, ids, up.shape[0], routing)
         if not torch.compiler.is_compiling():
-            compile_step(*operands, ids, gate.spec(), transposed, recompute, block_m)
+            kind = (gate.spec(), transposed, recompute, accumulating, block_m)
+            compile_step(*operands, ids, *kind)
         how = (gate.spec(), transposed, recompute, accumulating, place, block_m)
         return FusedExperts.apply(*operands, ids, *how, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
@@ -189,8 +190,10 @@ def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, T
 
 def _accumulating(name: str, w: Tensor) -> Tensor | None:
     """The weight, where its gradient goes into its `main_grad`. Compiled, autograd's way serves."""
+    if not torch.is_grad_enabled() or not w.requires_grad or torch.compiler.is_compiling():
+        return None
     main_grad = getattr(w, "main_grad", None)
-    if main_grad is None or not w.requires_grad or torch.compiler.is_compiling():
+    if main_grad is None:
         return None
     if (
         main_grad.shape != w.shape
