@@ -23,9 +23,11 @@ GPT_OSS = replace(
     PLAIN, name="gpt_oss", gate="clamped", bias=True, transposed=True, interleaved=True
 )
 HOST = {
-    gemm_file: ("up_gate", "grouped_linear", "gate_backward", "weight_grad", "bias_grad"),
+    gemm_file: (
+        "up_gate", "grouped_linear", "gate_backward", "weight_grad", "add_weight_grad", "bias_grad",
+    ),
     combine_file: ("combine", "routing_weight_grad"),
-}
+}  # fmt: skip
 
 
 def described(arg):
@@ -93,6 +95,18 @@ def test_frozen_weights_take_no_gradient_ahead(calls):
     out = fastmoe.fused_experts(x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
     out.sum().backward()
     assert calls and "weight_grad" not in {name for _, name, _ in calls}
+
+
+def test_gradients_added_to_a_main_grad_are_compiled_ahead(calls):
+    inputs = make_inputs(PLAIN, DTYPES[0], DEVICE)
+    up, down = inputs.up.requires_grad_(), inputs.down.requires_grad_()
+    down.main_grad = torch.zeros_like(down, dtype=torch.float32)
+    out = fastmoe.fused_experts(inputs.x, inputs.top_k_index, inputs.top_k_weights, up, down)
+    out.sum().backward()
+    names = [name for _, name, _ in calls]
+    assert names.count("add_weight_grad") == 2 and names.count("weight_grad") == 2
+    assert len({c[1:] for c in calls}) == len(calls) / 2
+    assert down.grad is None and down.main_grad.any() and up.grad is not None
 
 
 def test_nothing_of_the_callers_context_is_touched(calls):

@@ -20,7 +20,7 @@ _compiled: set[tuple] = set()  # kinds of steps whose kernels this process has
 def compile_step(
     x: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None,
     down_bias: Tensor | None, ids: Tensor, gate: str, transposed: bool, recompute: bool,
-    block_m: int,
+    accumulating: tuple[Tensor | None, Tensor | None], block_m: int,
 ) -> None:  # fmt: skip
     """For the step that is about to run on these operands; returns at once if it knows its kind.
 
@@ -30,7 +30,8 @@ def compile_step(
     """
     operands = (x, weights, up, down, up_bias, down_bias)
     experts = few(up.shape[0])
-    how = (gate, transposed, recompute, block_m, ids.shape[1], ids.dtype, experts)
+    added = tuple(w if w is None else w.main_grad.dtype for w in accumulating)
+    how = (gate, transposed, recompute, added, block_m, ids.shape[1], ids.dtype, experts)
     kind = (*how, x.device, *(_kind(t) for t in operands))
     if kind in _compiled or not _serves(x):
         return
@@ -42,10 +43,13 @@ def compile_step(
             None if w is None else w.detach()[:experts].requires_grad_(w.requires_grad)
             for w in operands[2:]
         ]
-        nothing = (None, None), None  # no gradient goes into a main_grad, no result has its place
+        for w, dtype in zip(stacks[:2], added, strict=True):
+            if dtype is not None:
+                w.main_grad = torch.empty_like(w, dtype=dtype)
+        into = tuple(None if d is None else w for w, d in zip(stacks[:2], added, strict=True))
         out = FusedExperts.apply(
             *token, *stacks, ids.new_zeros(1, ids.shape[1]), gate, transposed, recompute,
-            *nothing, block_m, *_no_rows(ids, experts),
+            into, None, block_m, *_no_rows(ids, experts),
         )  # fmt: skip
         with torch.no_grad():
             FusedExperts.backward(out.grad_fn, torch.zeros_like(out))
