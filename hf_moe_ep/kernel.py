@@ -31,6 +31,7 @@ API = (
     "kernel_backends",
     "route_experts",
     "sum_rows",
+    "first_not_finite",
 )
 
 

@@ -1,13 +1,12 @@
 """Finds the first gradient, parameter or optimizer state that is not finite, and names it.
 
-What is checked is this rank's part of every tensor, by one multi-tensor norm per dtype on the
-device. The result stays there: the host waits for it once in `every` steps.
+What is checked is this rank's part of every tensor: one launch for all gradients and one for states
+and parameters, each value read once. The result stays on the device: the host waits for it once in
+`every` steps.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from torch.autograd import Variable
 from transformers import TrainerCallback
 
+from ..kernel import get_kernel
 from .gradients import local
 
 KINDS = 64  # more than the tensors that an optimizer keeps for a parameter
@@ -107,23 +107,20 @@ class FiniteCheck:
 
     @torch.no_grad()
     def _check(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> None:
-        by_dtype = defaultdict(list)
-        numbers = defaultdict(list)
+        here = []
         for number, tensor in numbered:
-            tensor = local(tensor)
+            tensor = local(tensor.detach())
             same_device = tensor.device == self._first.device  # AdamW counts its steps on the CPU
             if tensor.is_floating_point() and tensor.numel() and same_device:
-                by_dtype[tensor.dtype].append(tensor)
-                numbers[tensor.dtype].append(number)
-        if not by_dtype:
+                here.append((number, tensor))
+        if not here:
             return
-        # The largest magnitude is finite exactly if all values are; a 2-norm could overflow.
-        largest = [torch.stack(torch._foreach_norm(t, math.inf)) for t in by_dtype.values()]
-        bad = ~torch.cat([norms.isfinite() for norms in largest])
-        order = self._order(tuple(n for group in numbers.values() for n in group))
-        first = torch.where(bad, order, torch.iinfo(order.dtype).max).min()
-        finding = torch.stack([torch.full_like(first, self.step + 1), first])
-        self._first = torch.where((self._first[0] < 0) & bad.any(), finding, self._first)
+        here.sort(key=lambda pair: pair[0])
+        numbers, tensors = zip(*here, strict=True)
+        first = get_kernel().first_not_finite(list(tensors))
+        number = self._order((*numbers, -1)).index_select(0, first.view(1))
+        finding = torch.cat([torch.full_like(number, self.step + 1), number])
+        self._first = torch.where((self._first[0] < 0) & (number >= 0), finding, self._first)
 
     def _order(self, numbers: tuple[int, ...]) -> torch.Tensor:
         """`numbers` on the device; the same few lists come in every step."""

@@ -6,6 +6,7 @@ Names in `__all__` are the API.
 from . import exchange, layers
 from .combine import sum_rows
 from .device import backend_name
+from .finite import first_not_finite
 from .gates import Gate
 from .grouped_gemm import kernel_backends
 from .moe import fused_experts, route_experts
@@ -17,6 +18,7 @@ __all__ = [
     "Routing",
     "backend_name",
     "exchange",
+    "first_not_finite",
     "fused_experts",
     "kernel_backends",
     "layers",
