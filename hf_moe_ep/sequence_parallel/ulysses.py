@@ -198,7 +198,8 @@ class Sequence:
     # Around the layers: the first splits the tokens, each takes its tokens' rotary embedding.
 
     def split_hidden_states(self, module: nn.Module, args: tuple):
-        return self.own(args[0]), *args[1:]
+        # A copy: a view would keep the embeddings of the whole sequence until backward.
+        return self.own(args[0]).clone(), *args[1:]
 
     def split_positions(self, module: nn.Module, args: tuple, kwargs: dict):
         self.attended = False
