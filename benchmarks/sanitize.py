@@ -102,7 +102,8 @@ def _exchange(exchange, device: str) -> None:
     exchange.pull_rows(rows, local, hidden, experts, torch.float32)
     partials = [torch.ones(ranks * tokens, hidden, device=device) for _ in range(ranks)]
     places = torch.tensor([t.data_ptr() for t in partials], device=device)
-    sums = exchange.pull_sums(places, 0, ids, tokens, 0, hidden, experts, torch.float32)
+    arrays = [(0, hidden, torch.float32), (0, top_k, torch.float32)]
+    sums, _ = exchange.pull_sums(places, arrays, ids, tokens, 0, experts)
     if not bool(((sums == 1) | (sums == 2)).all()):
         raise RuntimeError("exchange: sums of ones over one or two ranks are neither 1 nor 2")
 

@@ -26,7 +26,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weights, ids, exchange, lengths, route, where):
-        plan = exchange.plan(ids, weights, lengths)
+        plan = exchange.plan(ids, weights, lengths, x)
         routing = None
         if route:
             routing = Routed(

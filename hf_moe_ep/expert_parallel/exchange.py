@@ -50,8 +50,11 @@ class Plan:
 class Exchange(Protocol):
     """One way of moving rows within a group."""
 
-    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
-        """ids (T, K) global and weights (T, K) travel first; `lengths` is the T of every rank."""
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int], x: Tensor) -> Plan:
+        """ids (T, K) global and weights (T, K) travel; `lengths` is the T of every rank.
+
+        x (T, H) is what the layout's `send` will be called with first, and may travel already.
+        """
 
 
 class GatherExchange:
@@ -64,7 +67,7 @@ class GatherExchange:
     def __init__(self, group: ProcessGroup, experts: int):
         self.group, self.experts = group, experts
 
-    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int], x: Tensor) -> Plan:
         n, longest = len(lengths), max(lengths)
         wanted = _wanted(ids, self.experts, n)
         first = torch.arange(n, device=ids.device) * longest  # a rank's rows, sent and coming back
@@ -106,7 +109,7 @@ class RowsExchange:
     def __init__(self, group: ProcessGroup, experts: int):
         self.group, self.experts = group, experts
 
-    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int], x: Tensor) -> Plan:
         wanted = _wanted(ids, self.experts, dist.get_world_size(self.group))
         sent = torch.stack([wanted.sum(0), _pairs(ids, self.experts, wanted.shape[1])], 1)
         received = _swapped(sent, self.group)
@@ -151,7 +154,7 @@ class NodesExchange:
         self.across, self.inside, self.experts = across, inside, experts
         self.nodes, self.places = dist.get_world_size(across), dist.get_world_size(inside)
 
-    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int], x: Tensor) -> Plan:
         dtype, in_node = weights.dtype, self.experts * self.places
         to_node = _wanted(ids, in_node, self.nodes)
         (far, near), slots = self._sizes(ids, to_node)

@@ -37,15 +37,21 @@ class SymmetricExchange:
     def __init__(self, group: ProcessGroup, experts: int):
         self.group, self.experts = group, experts
 
-    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int]) -> Plan:
+    def plan(self, ids: Tensor, weights: Tensor, lengths: list[int], x: Tensor) -> Plan:
         memory, tokens = shared_memory(self.group, ids.device), max(lengths)
         place = memory.place("routes", tokens * ids.shape[1] * 8)
         fastmoe.exchange.write_routes(place, ids, weights, tokens)
+        _publish(memory, x, tokens)  # with the routes, behind one barrier
+        routes, rows = memory.open("routes", "tokens")
         local, here = fastmoe.exchange.pull_routes(
-            memory.open("routes"), tokens, ids.shape[1], memory.rank * self.experts, self.experts,
-            weights.dtype,
-        )  # fmt: skip
-        return Plan(local, here, _Pulled(memory, ids, local, tokens, self.experts))
+            routes, tokens, ids.shape[1], memory.rank * self.experts, self.experts, weights.dtype
+        )
+        return Plan(local, here, _Pulled(memory, ids, local, tokens, self.experts, [rows]))
+
+
+def _publish(memory: SharedMemory, x: Tensor, tokens: int) -> None:
+    place = memory.place("tokens", tokens * x.shape[1] * x.itemsize)
+    place[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,13 @@ class _Pulled:
     local: Tensor  # (R, K) int32 local ids of the rows here
     tokens: int  # rows of each rank, padded. 16384
     experts: int  # experts of each rank. 64
+    ready: list[Tensor]  # the addresses of the first rows to be sent: published with the routes
 
     def send(self, x: Tensor) -> Tensor:
-        place = self.memory.place("tokens", self.tokens * x.shape[1] * x.itemsize)
-        place[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-        peers = self.memory.open("tokens")
+        if not self.ready:
+            _publish(self.memory, x, self.tokens)
+            self.ready.extend(self.memory.open("tokens"))
+        peers = self.ready.pop()
         return fastmoe.exchange.pull_rows(peers, self.local, x.shape[1], self.experts, x.dtype)
 
     def place(self, width: int, dtype: torch.dtype) -> Tensor:
@@ -83,14 +91,11 @@ class _Pulled:
         for first, array in list(zip(firsts, arrays, strict=True))[ready:]:
             part = place[first : first + array.nbytes]
             part.view(array.dtype).view(array.shape).copy_(array)
-        peers = self.memory.open("partials")
-        return [
-            fastmoe.exchange.pull_sums(
-                peers, first, self.ids, self.tokens, self.memory.rank,
-                array.shape[1], self.experts, array.dtype,
-            )
-            for first, array in zip(firsts, arrays, strict=True)
-        ]  # fmt: skip
+        (peers,) = self.memory.open("partials")
+        published = [(f, a.shape[1], a.dtype) for f, a in zip(firsts, arrays, strict=True)]
+        return fastmoe.exchange.pull_sums(
+            peers, published, self.ids, self.tokens, self.memory.rank, self.experts
+        )
 
 
 def _aligned(size: int) -> int:
@@ -156,12 +161,13 @@ class SharedMemory:
             )
         return True
 
-    def open(self, name: str) -> Tensor:
-        """(n,) int64: where every rank's buffer is, once all have written theirs."""
-        region = self.regions[name]
-        self._barrier(region)
-        region.opened = self.barriers
-        return region.peers
+    def open(self, *names: str) -> list[Tensor]:
+        """(n,) int64 each: where every rank's buffer is, once all have written theirs."""
+        regions = [self.regions[name] for name in names]
+        self._barrier(regions[0])
+        for region in regions:
+            region.opened = self.barriers
+        return [region.peers for region in regions]
 
     def _barrier(self, region: _Region) -> None:
         """Orders all ranks' launches before it ahead of all ranks' launches after it."""

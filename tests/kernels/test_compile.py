@@ -16,6 +16,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastmoe.backends.triton.exchange import pull_rows_kernel, pull_sums_kernel  # noqa: E402
 from fastmoe.backends.triton.gated import gate_backward_kernel, up_gate_kernel  # noqa: E402
 from fastmoe.backends.triton.gemm import grouped_linear_kernel  # noqa: E402
 from fastmoe.backends.triton.weight_grad import weight_grad_kernel  # noqa: E402
@@ -102,3 +103,27 @@ def test_shipped_configs_compile_and_fit(kernel, name, capability, rows):
     ptx = compiled.asm["ptx"]
     assert ("wgmma" in ptx) == (capability == 90 and c.block_m >= 64)
     assert ("cp.async.bulk" in ptx) == (capability == 90)
+
+
+@pytest.mark.parametrize("kernel", [pull_rows_kernel, pull_sums_kernel], ids=lambda k: k.__name__)
+def test_rows_of_peers_are_read_16_bytes_at_a_time(kernel):
+    """Their addresses are integers, of whose alignment the compiler knows what the kernel says."""
+    types = dict(
+        peers_ptr="*i64", ids_ptr="*i64", out_ptr="*bf16", small_ptr="*fp32",
+        T="i32", H="i32", SMALL="i32", NUM_EXPERTS="i32", FIRST_ROW="i32",
+        first="i32", second="i32",
+    )  # fmt: skip
+    values = dict(TOP_K=8, BLOCK_K=8, BLOCK_H=2048, NUM_RANKS=2, BLOCK_SMALL=8)
+    names = [p.name for p in kernel.params]
+    aligned = ("peers_ptr", "ids_ptr", "out_ptr", "small_ptr", "H")
+    compiled = triton.compile(
+        ASTSource(
+            kernel,
+            {n: types.get(n, "constexpr") for n in names},
+            {n: values[n] for n in names if n in values},
+            {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+    )
+    ptx = compiled.asm["ptx"]
+    assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx

@@ -60,17 +60,22 @@ def test_each_rank_pulls_the_rows_of_its_experts():
 @needs_kernels
 def test_partials_are_summed_in_rank_order_from_the_ranks_that_have_them():
     _, ids, _ = tokens_of_every_rank()
-    partials = [torch.randn(RANKS * T, H).to(DEVICE) for _ in range(RANKS)]
+    partials = [torch.randn(RANKS * T, H + K).to(DEVICE) for _ in range(RANKS)]
+    published = [torch.cat([p[:, :H].flatten(), p[:, H:].flatten()]) for p in partials]
+    smalls = RANKS * T * H * 4  # the byte where the second array starts
     for rank in range(RANKS):
         first = rank * T
-        out = exchange.pull_sums(
-            addresses(partials), 0, ids[rank], T, rank, H, EXPERTS, torch.float32
+        wide, small = (0, H, torch.float32), (smalls, K, torch.float32)
+        out, few = exchange.pull_sums(
+            addresses(published), [wide, small], ids[rank], T, rank, EXPERTS
         )
-        want = torch.zeros(len(ids[rank]), H, device=DEVICE)
+        (alone,) = exchange.pull_sums(addresses(published), [wide], ids[rank], T, rank, EXPERTS)
+        want = torch.zeros(len(ids[rank]), H + K, device=DEVICE)
         for peer in range(RANKS):
             asked = (ids[rank] // EXPERTS == peer).any(1, keepdim=True)
             want += partials[peer][first : first + len(asked)] * asked
-        assert torch.equal(out, want)
+        assert torch.equal(out, want[:, :H]) and torch.equal(few, want[:, H:])
+        assert torch.equal(alone, out)
 
 
 def test_sum_rows_by_hand():

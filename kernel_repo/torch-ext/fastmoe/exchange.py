@@ -70,25 +70,28 @@ def pull_rows(
 
 
 def pull_sums(
-    peers: torch.Tensor, offset: int, ids: torch.Tensor, tokens: int, rank: int,
-    width: int, num_experts: int, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """(len(ids), H): each token's partial rows of all ranks that hold one of its experts, summed.
+    peers: torch.Tensor, arrays: list[tuple[int, int, torch.dtype]], ids: torch.Tensor,
+    tokens: int, rank: int, num_experts: int,
+) -> list[torch.Tensor]:  # fmt: skip
+    """(len(ids), W) each: a token's partial rows of all ranks that hold one of its experts, summed.
 
-    In fp32 and in rank order. Every rank has published (R, H) from byte `offset` on; those of this
-    rank's tokens start at row rank * tokens. `ids` (len, K) are global, num_experts those of one
-    rank.
+    In fp32 and in rank order. `arrays` are one or two (first byte, W, dtype) of (R, W) that every
+    rank has published; this rank's tokens start at row rank * tokens. `ids` (len, K) are global,
+    num_experts those of one rank.
     """
     from .backends.triton.exchange import pull_sums_kernel
 
-    out = torch.empty(ids.shape[0], width, dtype=dtype, device=peers.device)
+    outs = [ids.new_empty(ids.shape[0], width, dtype=dtype) for _, width, dtype in arrays]
     if ids.shape[0]:
+        (first, width, _), (second, small, _) = arrays[0], arrays[-1]
         block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
         pull_sums_kernel[(ids.shape[0],)](
-            peers, offset, ids, out, rank * tokens, width, num_experts, ids.shape[1],
-            peers.numel(), block_k, block_h, num_warps=8 if block_h > 2048 else 4,
+            peers, first, second, ids, outs[0], outs[-1], rank * tokens, width, small, num_experts,
+            ids.shape[1], peers.numel(), block_k, block_h,
+            _next_power_of_2(small) if len(arrays) > 1 else 0,
+            num_warps=8 if block_h > 2048 else 4,
         )  # fmt: skip
-    return out
+    return outs
 
 
 def _next_power_of_2(n: int) -> int:

@@ -11,9 +11,12 @@ NOWHERE = tl.constexpr(2**31 - 1)  # the id of an expert on no rank
 
 @triton.jit
 def _published(peers_ptr, rank, offset, LIKE):
-    """A pointer of the type of LIKE to what `rank` published at `offset` bytes."""
+    """A pointer of the type of LIKE to what `rank` published at `offset` bytes.
+
+    Aligned to 16 bytes, as buffers and arrays in them are: loads of a single element otherwise.
+    """
     address = tl.load(peers_ptr + rank) + offset
-    return address.to(tl.pointer_type(LIKE.dtype.element_ty))
+    return tl.multiple_of(address.to(tl.pointer_type(LIKE.dtype.element_ty)), 16)
 
 
 @triton.jit(do_not_specialize=["S", "WRITTEN"])
@@ -70,23 +73,38 @@ def pull_rows_kernel(
             tl.store(out_ptr + row.to(tl.int64) * H + cols, value, mask=cols < H)
 
 
-@triton.jit(do_not_specialize=["offset", "FIRST_ROW"])
+@triton.jit
+def _sum_of_ranks(
+    peers_ptr, offset, owners, out_ptr, row, t, W, NUM_RANKS: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """out[t] = sum over the ranks that are owners, in order and in fp32, of their row."""
+    for w0 in range(0, W, BLOCK_W):
+        cols = w0 + tl.arange(0, BLOCK_W)
+        acc = tl.zeros((BLOCK_W,), tl.float32)
+        for r in tl.static_range(NUM_RANKS):
+            asked = tl.max((owners == r).to(tl.int32), 0) > 0
+            source = _published(peers_ptr, r, offset, out_ptr) + row.to(tl.int64) * W
+            part = tl.load(source + cols, mask=(cols < W) & asked, other=0.0)
+            acc += part.to(tl.float32)
+        value = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + t.to(tl.int64) * W + cols, value, mask=cols < W)
+
+
+@triton.jit(do_not_specialize=["first", "second", "FIRST_ROW"])
 def pull_sums_kernel(
-    peers_ptr, offset, ids_ptr, out_ptr, FIRST_ROW, H, NUM_EXPERTS, TOP_K: tl.constexpr,
-    NUM_RANKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    peers_ptr, first, second, ids_ptr, out_ptr, small_ptr, FIRST_ROW, H, SMALL, NUM_EXPERTS,
+    TOP_K: tl.constexpr, NUM_RANKS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SMALL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over the ranks with an expert of t, in order and in fp32, of their row of t."""
+    """Sums of token t's rows of width H published at byte `first`, and, unless BLOCK_SMALL is 0, of
+    width SMALL at byte `second`: in one launch, because the host often is what a step waits for.
+    """
     t = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + t.to(tl.int64) * TOP_K + k, mask=k < TOP_K, other=-1)
     owners = tl.where(ids >= 0, ids // NUM_EXPERTS, NUM_RANKS)  # sentinels, too, are on no rank
-    for h0 in range(0, H, BLOCK_H):
-        cols = h0 + tl.arange(0, BLOCK_H)
-        acc = tl.zeros((BLOCK_H,), tl.float32)
-        for r in tl.static_range(NUM_RANKS):
-            asked = tl.max((owners == r).to(tl.int32), 0) > 0
-            source = _published(peers_ptr, r, offset, out_ptr) + (FIRST_ROW + t).to(tl.int64) * H
-            part = tl.load(source + cols, mask=(cols < H) & asked, other=0.0)
-            acc += part.to(tl.float32)
-        value = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + t.to(tl.int64) * H + cols, value, mask=cols < H)
+    _sum_of_ranks(peers_ptr, first, owners, out_ptr, FIRST_ROW + t, t, H, NUM_RANKS, BLOCK_H)
+    if BLOCK_SMALL:
+        _sum_of_ranks(
+            peers_ptr, second, owners, small_ptr, FIRST_ROW + t, t, SMALL, NUM_RANKS, BLOCK_SMALL
+        )
