@@ -10,6 +10,7 @@ from .finite import FiniteCheck, FiniteCheckCallback
 from .flops import AttentionTerm, FlopCount, count_flops
 from .gradients import clip_grad_norm_, param_groups
 from .losses import GlobalRouterLossCallback, RouterLossCallback
+from .recompute import KeepRoutingCallback
 from .telemetry import MoETelemetryCallback, batch_replicas
 from .token_counts import TokenCountCallback
 
@@ -22,6 +23,7 @@ __all__ = [
     "FiniteCheckCallback",
     "FlopCount",
     "GlobalRouterLossCallback",
+    "KeepRoutingCallback",
     "MoETelemetryCallback",
     "RouterLossCallback",
     "ShardedCheckpointMixin",

@@ -9,6 +9,7 @@
 | global_router_loss | GlobalRouterLossCallback |
 | token_counts | TokenCountCallback |
 | finite_check | FiniteCheckCallback, a wait for the device in every tenth step |
+| keep_routing | KeepRoutingCallback |
 | accumulate_in_place | AccumulateInPlaceCallback |
 """
 
@@ -20,6 +21,7 @@ from . import telemetry
 from .accumulation import AccumulateInPlaceCallback
 from .finite import FiniteCheckCallback
 from .losses import GlobalRouterLossCallback, RouterLossCallback
+from .recompute import KeepRoutingCallback
 from .token_counts import TokenCountCallback
 
 
@@ -30,4 +32,5 @@ def register() -> None:
     INTEGRATION_TO_CALLBACK["global_router_loss"] = GlobalRouterLossCallback
     INTEGRATION_TO_CALLBACK["token_counts"] = TokenCountCallback
     INTEGRATION_TO_CALLBACK["finite_check"] = FiniteCheckCallback
+    INTEGRATION_TO_CALLBACK["keep_routing"] = KeepRoutingCallback
     INTEGRATION_TO_CALLBACK["accumulate_in_place"] = AccumulateInPlaceCallback

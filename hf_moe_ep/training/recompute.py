@@ -1,0 +1,35 @@
+"""Gradient checkpointing that keeps the chosen experts, in Trainer and TRL."""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+
+from ..expert_parallel import keep_routing
+
+
+class KeepRoutingCallback(TrainerCallback):
+    """Where `activation_checkpointing` is on, the recompute takes the experts that the forward
+    chose (`hf_moe_ep.expert_parallel.keep_routing`); does nothing where it is off.
+
+    `Trainer(..., callbacks=[KeepRoutingCallback()])`, or "keep_routing" in `report_to`: a
+    `context_fn` in `activation_checkpointing_kwargs` could not be written into YAML, nor saved
+    with the arguments. Not with TRL's `selective` checkpointing, which has one of its own.
+
+    Raises ValueError, when training begins, where `activation_checkpointing_kwargs` have a
+    `context_fn`, or `use_reentrant`, which knows none.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not args.activation_checkpointing:
+            return
+        options = dict(args.activation_checkpointing_kwargs or {})
+        every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+        if options.get("use_reentrant") or options.get("context_fn"):
+            raise ValueError(
+                f"activation_checkpointing_kwargs={options} and keep_routing, which needs "
+                "use_reentrant=False and the context_fn: change them, or drop keep_routing"
+            )
+        options |= {"use_reentrant": False, "context_fn": keep_routing}
+        model.activation_checkpointing_enable(
+            options, every_n_layers=every_n_layers, offload=offload
+        )
