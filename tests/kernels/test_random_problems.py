@@ -37,7 +37,7 @@ def unwritten_row(*args, **kwargs):
 
 
 def weak_down_gradient(x, ids, weights, up, down, **kwargs):
-    down = down * 0.99 + (down * 0.01).detach()  # the same values
+    down = down * 0.75 + (down * 0.25).detach()  # the same values
     return fastmoe.fused_experts(x, ids, weights, up, down, **kwargs)
 
 
@@ -48,7 +48,7 @@ def changing(x, *args, **kwargs):
 
 
 changing.calls = 0
-WRONG = {unwritten_row: "output: norm error nan", weak_down_gradient: "down: norm error 0.01",
+WRONG = {unwritten_row: "output: norm error nan", weak_down_gradient: "down: norm error 0.25",
          changing: "output: other bits"}  # fmt: skip
 
 
