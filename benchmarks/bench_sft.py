@@ -53,6 +53,7 @@ SETTINGS = {
     "activation_checkpointing": False,
 }
 THEIRS = SETTINGS | {"experts_implementation": "grouped_mm"}
+EP = SETTINGS | {"ep_size": 2, "fsdp_size": 2}
 LIGER = {"use_liger_kernel": True}  # norms and rotary; the recipe leaves its SwiGLU off
 FAST = "one_gpu_fast"
 
@@ -89,7 +90,7 @@ GROUPS = {
             THEIRS | {"ep_size": 2, "fsdp_size": 2, "ep_implementation": "all_to_all"},
             gpus=2,
         ),
-        "ours": Case("fastmoe", SETTINGS | {"ep_size": 2, "fsdp_size": 2}, gpus=2),
+        "ours": Case("fastmoe", EP, gpus=2),
     },
     "recipes": {
         "ep_fsdp": as_it_is("two_gpus_ep_fsdp", gpus=2, layers=48),
@@ -100,6 +101,7 @@ ALIKE = ("one_gpu", "ep")  # the same weights, data and steps in every case
 # Not of a group, to be named: what else was tried.
 MORE = {
     "one_gpu": {"liger_too": Case("recipe one_gpu_fast, Liger too", LIGER, FAST)},
+    "ep": {"compiled": Case("fastmoe, compiled", EP | {"torch_compile": True}, gpus=2)},
 }
 
 

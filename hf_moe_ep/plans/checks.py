@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as wildcard
@@ -24,6 +25,7 @@ from .rules import dense_rules
 
 QUERY_HEADS = ("num_attention_heads", "swa_num_attention_heads")
 KEY_HEADS = ("num_key_value_heads", "swa_num_key_value_heads")
+REGIONS = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
 LAUNCHERS = {
     "ACCELERATE_USE_FSDP": "accelerate's FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -238,6 +240,12 @@ def training_checks(config: Any, args: Any, lora: Any = None) -> list[Check]:
     if str(getattr(args, "optim", "")).rsplit(".", 1)[-1].lower() == "adafactor":
         detail = "Adafactor cannot step sharded parameters (DTensor); use --optim adamw_torch_fused"
         found.append(Check("training", "optim", "problem", detail))
+    if getattr(args, "torch_compile", False) and parse_flag_from_env(REGIONS):
+        detail = (
+            f"{REGIONS} makes accelerate copy the layers, which sharded ones do not survive; leave "
+            "it out: torch_compile alone compiles sharded layers one by one too"
+        )
+        found.append(Check("training", "torch_compile", "problem", detail))
     return found + (_lora_checks(config, lora) if lora is not None else [])
 
 

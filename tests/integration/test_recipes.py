@@ -10,12 +10,12 @@ import yaml
 
 from hf_moe_ep import DistributedConfig, recipes
 from hf_moe_ep.cli import sft
+from hf_moe_ep.plans.checks import REGIONS
 from hf_moe_ep.plans.memory import ModelSizes, held_parameters, memory
 from hf_moe_ep.plans.model import meta_model
 from hf_moe_ep.plans.search import USABLE
 from tests import models
 
-REGIONS = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
 ROOT = Path(__file__).resolve().parents[2]
 # Name -> the model's config, GPUs, GiB of each, (tp, fsdp, ep, sp).
 TRAINING = {

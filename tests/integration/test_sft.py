@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_moe_ep import DistributedConfig
 from hf_moe_ep.cli import layout, sft
 from hf_moe_ep.cli.demo import data
+from hf_moe_ep.plans.checks import REGIONS
 from hf_moe_ep.training import CheckpointSaver
 
 STEPS = 2
@@ -406,6 +407,7 @@ def test_layout_reaches_the_model(place, monkeypatch):
         (["--sp_size", "8"], {}, "choose sp_size among"),  # 4 heads
         (["--ep_size", "4"], {"ACCELERATE_USE_FSDP": "true"}, "shard again"),
         (["--ep_size", "4", "--optim", "adafactor"], {}, "adamw_torch_fused"),
+        (["--ep_size", "4", "--torch_compile", "true"], {REGIONS: "true"}, "leave it out"),
         (["--ep_size", "4", "--use_peft", "--lora_target_modules", "all-linear"], {}, "experts"),
         (["--tp_size", "2", "--use_peft", "--lora_target_modules", "o_proj"], {}, "by rows"),
         (["--tp_size", "2", "--use_peft", "--lora_target_modules", "q_proj"], {}, "under both"),
