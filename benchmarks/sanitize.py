@@ -57,7 +57,8 @@ CASES = (
 
 
 def run_cases(device: str) -> None:
-    """Forward and backward, without gradients, a few tokens, a gate as written, and the exchange.
+    """Forward and backward, gradients added to a main_grad, without gradients, a few tokens, a gate
+    as written, the check for values that are not finite, and the exchange.
 
     Raises RuntimeError for a value that is not finite.
     """
@@ -73,8 +74,13 @@ def run_cases(device: str) -> None:
             found = [out, *torch.autograd.grad(out, leaves, inputs.grad)]
         with torch.no_grad():
             found += [_experts(kernel, p, inputs, gate, slice(0, n)) for n in (p.T, 4, 1)]
-        if not all(bool(t.isfinite().all()) for t in found):
-            raise RuntimeError(f"{p.name} {dtype}: a value is not finite")
+        for weight in (inputs.up, inputs.down):
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        _experts(kernel, p, inputs, gate, slice(None)).backward(inputs.grad)
+        found += [inputs.up.main_grad, inputs.down.main_grad]
+        bad = int(kernel.first_not_finite(found))
+        if bad < len(found) or not all(bool(t.isfinite().all()) for t in found):
+            raise RuntimeError(f"{p.name} {dtype}: tensor {bad} is not finite")
     if kernel.backend_name(torch.empty(0, device=device)) == "triton":
         _exchange(kernel.exchange, device)
 
