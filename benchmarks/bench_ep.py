@@ -32,6 +32,7 @@ from .timing import ColdCache, interleave, memory_of_step, synchronize
 
 TRANSFORMERS = "transformers"
 SINGLE = "one GPU"  # our own layer without EP on as many (token, expert) pairs and experts
+NO_WAIT = "-no-wait"
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 
 
@@ -61,7 +62,9 @@ def main(argv: list[str]) -> int:
     rows = []
     for tokens in counts or ([16384, 4096] if on_gpu else [64]):
         rows += train(bench, base.at(tokens), args.ways.split(","))
-    for tokens in [64] if on_gpu else []:
+    for tokens in map(int, filter(None, args.graph_step.split(","))):
+        rows.append(graph_step(bench, base.at(tokens)))
+    for tokens in [64] if on_gpu and not args.no_decode else []:
         rows += decode(bench, base.at(tokens), args.ways.split(","))
     result = {
         "benchmark": "ep",
@@ -85,8 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_ep", allow_abbrev=False, description=__doc__)
     parser.add_argument("--tokens", help="tokens of each rank, with commas between")
     parser.add_argument(
-        "--ways", default="symmetric,gather,rows" if torch.cuda.is_available() else "gather,rows"
+        "--ways",
+        default="symmetric,gather,rows" if torch.cuda.is_available() else "gather,rows",
+        help=f"of HF_MOE_EP_EXCHANGE; with {NO_WAIT} at its end HF_MOE_EP_WAIT=0",
     )
+    parser.add_argument(
+        "--graph-step", default="", help="tokens of steps to be captured in a CUDA graph, too"
+    )
+    parser.add_argument("--no-decode", action="store_true", help="no forward of 64 tokens")
     parser.add_argument("--seconds", type=float, default=1.0, help="for one quantity's rounds")
     parser.add_argument("--commit", help="for the record, where git cannot tell")
     parser.add_argument("--out", type=Path, default=Path("bench_output"))
@@ -122,6 +131,38 @@ def train(bench: Bench, p: Problem, ways: list[str]) -> list[dict]:
     return list(rows.values())
 
 
+def graph_step(bench: Bench, p: Problem) -> dict:
+    """Forward and backward as a replayed CUDA graph, in which nothing waits; the bits of eager.
+
+    After everything that is timed without a graph: exchanges need more barriers from then on.
+    """
+    inputs = make_inputs(p, bench.dtype, str(bench.device), seed=dist.get_rank())
+    for w in (inputs.up, inputs.down):
+        dist.broadcast(w, 0)
+    layer = _layer(bench, p, inputs.up, inputs.down, "fastmoe", "fastmoe", "symmetric" + NO_WAIT)
+    step, leaves, side = _step(layer, inputs), _leaves(layer, inputs), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    want = [leaf.grad.clone() for leaf in leaves]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    got = [leaf.grad for leaf in leaves]
+    for grad in got:
+        grad.fill_(float("nan"))
+    graph.replay()
+    row = _row(p, "symmetric in a CUDA graph")
+    same = [g.equal(w) for g, w in zip(got, want, strict=True)]
+    everyone = [None] * bench.ranks
+    dist.all_gather_object(everyone, all(same))
+    if not all(everyone):
+        return row | {"wrong": [f"gradients as in eager, on this rank: {same}"]}
+    return row | {"step": _interleaved({"step": graph.replay}, bench)["step"]}
+
+
 def decode(bench: Bench, p: Problem, ways: list[str]) -> list[dict]:
     """A forward without gradients as a replayed CUDA graph."""
     inputs = make_inputs(p, bench.dtype, str(bench.device), seed=dist.get_rank())
@@ -130,7 +171,8 @@ def decode(bench: Bench, p: Problem, ways: list[str]) -> list[dict]:
     layers = {
         way: _layer(bench, p, inputs.up, inputs.down, "fastmoe", "fastmoe", way)
         for way in ways
-        if way != "rows"  # its split sizes are read on the host
+        if way != "rows"
+        and NO_WAIT not in way  # split sizes are read on the host; decode waits not
     }
     rows = {name: _row(p, name) for name in (*layers, SINGLE)}
     want = gate.reference(inputs, gradients=False)
@@ -186,6 +228,7 @@ def _layer(
     bench: Bench, p: Problem, up: Tensor, down: Tensor, experts: str, ep: str, way: str = ""
 ) -> nn.Module:
     """An experts module with this rank's part of the weights behind an EP implementation."""
+    way, patient = way.removesuffix(NO_WAIT), not way.endswith(NO_WAIT)
     from transformers.distributed.expert_parallel import EPImplementationInterface
 
     count = p.E // bench.ranks
@@ -196,7 +239,17 @@ def _layer(
     with mock.patch.dict(os.environ, {"HF_MOE_EP_EXCHANGE": way}):
         ep_class = EPImplementationInterface()[ep]
         module.forward = ep_class(module, bench.mesh["ep"], bench.mesh["tp"])
+    if not patient:
+        module.forward = partial(_without_waiting, module.forward)
     return module
+
+
+def _without_waiting(forward: Callable, *args) -> Tensor:
+    os.environ["HF_MOE_EP_WAIT"] = "0"
+    try:
+        return forward(*args)
+    finally:
+        del os.environ["HF_MOE_EP_WAIT"]
 
 
 def _single(bench: Bench, p: Problem) -> nn.Module:
