@@ -29,18 +29,21 @@ def accumulate_in_place(
     before; hooks on these weights' gradients are not called.
 
     Args:
-        model: its experts are "fastmoe" or "fastmoe_lean", whole on this one process.
+        model: its experts are "fastmoe" or "fastmoe_lean", whole on every process, before DDP wraps
+            it; what reduces `.grad` (DDP, with no_sync or without) finds there what it always does.
         optimizer: needed with another `dtype` than the weights': its step then gets the gradients
             rounded to the weights' dtype, all at once.
         dtype: of the buffers, that of the weights by default. torch.float32 under 16-bit weights
-            keeps the small gradients of many micro-batches, at twice the buffers' memory.
+            keeps the small gradients of many micro-batches, at twice the buffers' memory, on one
+            process only.
 
     Returns:
         The weights.
 
     Raises:
-        ValueError: no trainable expert weights, experts of another implementation, sharded weights
-            or several processes, a dtype without an optimizer or on a torch before 2.10.
+        ValueError: no trainable expert weights, experts of another implementation, weights that are
+            sharded (FSDP, expert parallelism) or not plain parameters, a dtype without an
+            optimizer, on several processes or on a torch before 2.10.
     """
     modules = [m for m in model.modules() if is_experts(m)]
     weights = [w for m in modules for w in _weights(m)]
@@ -68,6 +71,10 @@ class AccumulateInPlaceCallback(TrainerCallback):
         self.dtype = dtype
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if args.deepspeed:
+            raise ValueError(
+                "accumulate_in_place: DeepSpeed keeps gradients of its own; leave it out"
+            )
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
         accumulate_in_place(model, optimizer, self.dtype)
 
@@ -88,19 +95,24 @@ def _require(modules, weights, optimizer, dtype) -> None:
                 f"experts_implementation={name!r} adds no gradient to main_grad; use one of "
                 f"{', '.join(NAMES)}"
             )
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several or any(isinstance(w, DTensor) for w in weights):
+    if any(isinstance(w, DTensor) for w in weights):
         raise ValueError(
-            "gradients accumulate in place on one process only: DDP, FSDP and expert parallelism "
-            "reduce the gradients that autograd gives them; leave accumulate_in_place out"
+            "gradients accumulate in place where expert weights are whole: FSDP and expert "
+            "parallelism divide them and take the gradients that autograd gives; leave "
+            "accumulate_in_place out, or train without both"
         )
-    if any(not isinstance(w, nn.Parameter) or not w.is_contiguous() for w in weights):
-        raise ValueError("expert weights must be contiguous parameters, not computed from others")
+    if any(not isinstance(w, nn.Parameter) or w.dim() != 3 for w in weights) or not all(
+        w.is_contiguous() for w in weights
+    ):
+        raise ValueError("expert weights must be contiguous stacks of matrices, plain parameters")
     wanted = {dtype or w.dtype for w in weights} - {w.dtype for w in weights}
     if wanted - {torch.float32}:
         raise ValueError(f"dtype={dtype}: give None for the weights' own, or torch.float32")
     if wanted and optimizer is None:
         raise ValueError(f"dtype={dtype} differs from the weights': pass the optimizer too")
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if wanted and several:
+        raise ValueError(f"dtype={dtype} on several processes: they reduce in the weights' dtype")
     if wanted and not hasattr(torch.Tensor, "grad_dtype"):
         raise ValueError(f"dtype={dtype} needs torch 2.10, which lets .grad have another dtype")
 

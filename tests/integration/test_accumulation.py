@@ -1,11 +1,17 @@
 """`accumulate_in_place`: the gradients of micro-batches, added in the experts' own kernels."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
+from torch.distributed import HashStore, init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hf_moe_ep  # noqa: F401  (registers "fastmoe")
 from hf_moe_ep.training import AccumulateInPlaceCallback, accumulate_in_place, register
+from tests.distributed.ranks import run_ranks
 from tests.families import family, tiny_inputs, tiny_model
 
 STEPS = 8
@@ -167,8 +173,56 @@ def test_what_cannot_work_is_refused(change, options, message):
     assert not any(hasattr(p, "main_grad") for p in model.parameters())
 
 
-def test_sharded_weights_and_several_processes_are_refused(monkeypatch):
+def test_sharded_weights_are_refused():
+    model = model_of()
+    experts = model.model.layers[0].mlp.experts
+    with one_rank() as mesh:
+        experts.down_proj = torch.nn.Parameter(distribute_tensor(experts.down_proj, mesh))
+        with pytest.raises(ValueError, match="FSDP and expert parallelism"):
+            accumulate_in_place(model)
+
+
+@contextmanager
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fp32_buffers_on_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="one process only"):
-        accumulate_in_place(model_of())
+    model = model_of(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="several processes"):
+        accumulate_in_place(model, torch.optim.SGD(model.parameters()), torch.float32)
+
+
+def data_parallel(in_place: bool, bucket_view: bool):
+    """The gradients of two optimizer steps of four micro-batches, and the weights after them."""
+    model = model_of()
+    weights = accumulate_in_place(model) if in_place else []
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    grads = []
+    for _ in range(2):
+        for n, ids in enumerate(micro_batches(model)[torch.distributed.get_rank() :: 2]):
+            with parallel.no_sync() if n < 3 else nullcontext():
+                parallel(input_ids=ids)[0].square().mean().backward()
+        grads.append(gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(w.grad_added_to_main_grad for w in weights)
+    return grads, model.state_dict()
+
+
+def both_ways(bucket_view: bool) -> None:
+    want, got = (data_parallel(in_place, bucket_view) for in_place in (False, True))
+    for mine, theirs in zip((*got[0], got[1]), (*want[0], want[1]), strict=True):
+        assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+def test_data_parallel_ranks_reduce_the_same_gradients(bucket_view):
+    run_ranks(2, both_ways, bucket_view)
