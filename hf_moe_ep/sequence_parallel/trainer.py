@@ -34,6 +34,11 @@ def share_batches(args: TrainingArguments, sp_size: int) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} needs the logits of whole "
             "sequences, which no rank has with sp_size; set it to 0"
         )
+    if getattr(args, "loss_type", None) == "dft":
+        raise ValueError(
+            "loss_type='dft' needs the logits of whole sequences, which no rank has with sp_size; "
+            "use 'nll'"
+        )
     args.parallelism_config = SharedBatches(
         tp_size=sp_size, dp_shard_size=args.world_size // sp_size
     )

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
+from hf_moe_ep import DistributedConfig
+from hf_moe_ep.sequence_parallel import enable_sequence_parallel
 from hf_moe_ep.training import CheckpointSaver, load_checkpoint, save_checkpoint
 from tests import families
 from tests.distributed.ranks import run_ranks
@@ -21,6 +22,7 @@ LAYOUTS = {
     "fsdp2": dict(fsdp_size=2),
     "ep2 fsdp2": dict(fsdp_size=2, ep_size=2),
     "tp2": dict(tp_size=2),
+    "sp2 ep2": dict(fsdp_size=2, ep_size=2, sp_size=2),
     "tp2 ep2": dict(tp_size=2, ep_size=2),
     "fsdp4": dict(fsdp_size=4),
     "ep2 fsdp4": dict(fsdp_size=4, ep_size=2),  # 6 experts: 3 a rank of ep; 2 and 1 over efsdp
@@ -41,12 +43,15 @@ class Run:
         self.model = AutoModelForCausalLM.from_pretrained(
             model_dir, experts_implementation="fastmoe", **kwargs
         )
+        sp = (sizes or {}).get("sp_size", 1)
+        if sp > 1:
+            enable_sequence_parallel(self.model)
         # eps: by default, gradients that are rounding alone make full updates
         self.optimizer = torch.optim.AdamW(_groups(self.model), lr=1e-2, eps=1e-4)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
-        tp = (sizes or {}).get("tp_size", 1)
-        self.shares = dist.get_world_size() // tp if dist.is_initialized() else 1
-        self.share = dist.get_rank() // tp if dist.is_initialized() else 0
+        shared_by = (sizes or {}).get("tp_size", 1) * sp
+        self.shares = dist.get_world_size() // shared_by if dist.is_initialized() else 1
+        self.share = dist.get_rank() // shared_by if dist.is_initialized() else 0
 
     def step(self, number):
         """One optimizer step; the loss of the whole batch."""
@@ -184,7 +189,7 @@ def check(results, exact=True):
 
 def test_two_ranks(folder):
     same = [("ep2 fsdp2", True), ("tp2", False)]
-    others = [("tp2", "fsdp2"), ("ep2 fsdp2", "tp2 ep2")]
+    others = [("tp2", "fsdp2"), ("ep2 fsdp2", "tp2 ep2"), ("tp2", "sp2 ep2")]
     check(run_ranks(2, in_one_launch, folder, same, others))
 
 

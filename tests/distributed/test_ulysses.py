@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hf_moe_ep  # noqa: F401  (registers "fastmoe")
-from hf_moe_ep.sequence_parallel import enable_sequence_parallel
+from hf_moe_ep.sequence_parallel import enable_sequence_parallel, share_batches
 from tests import families
 from tests.distributed.ranks import run_ranks
 
@@ -260,6 +260,8 @@ def test_a_backend_gets_whole_sequences_and_its_share_of_heads(tmp_path):
 
 
 def refusals(root) -> None:
+    from trl import SFTConfig
+
     layout = DistributedConfig(fsdp_size=2)
     for family, config, message in (
         ("qwen3_moe", {"num_attention_heads": 3, "num_key_value_heads": 3}, "3 attention heads"),
@@ -269,6 +271,10 @@ def refusals(root) -> None:
         model = make_model(Case((), family, config))
         with pytest.raises(ValueError, match=message):
             enable_sequence_parallel(model, 2)(**batch(1, 8))
+    arguments = {"output_dir": str(root), "use_cpu": True, "bf16": False, "report_to": []}
+    for more in ({"label_smoothing_factor": 0.1}, {"loss_type": "dft"}):
+        with pytest.raises(ValueError, match="logits of whole"):
+            share_batches(SFTConfig(**arguments | more), 2)
     folder = root / "model"
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout)
     for size, message in ((0, "give 1 or more"), (3, "does not divide the 2 ranks")):
