@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastmoe
 from benchmarks.problems import Problem, make_inputs
-from fastmoe import ahead
+from fastmoe import ahead, ops
 from fastmoe import combine as combine_file
 from fastmoe import grouped_gemm as gemm_file
 from tests.kernels.common import DEVICE, DTYPES, run
@@ -27,6 +27,7 @@ HOST = {
         "up_gate", "grouped_linear", "gate_backward", "weight_grad", "add_weight_grad", "bias_grad",
     ),
     combine_file: ("combine", "routing_weight_grad"),
+    ops: ("_route",),
 }  # fmt: skip
 
 
@@ -137,19 +138,21 @@ def test_a_failure_ahead_is_left_to_the_step(calls, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="nothing is compiled without a GPU")
 @pytest.mark.parametrize("tokens", [9, 500])
-def test_only_the_routing_is_left_to_compile(tokens, monkeypatch):
+def test_nothing_is_left_to_compile(tokens, monkeypatch, tmp_path):
     from triton import knobs
 
-    def compiled(fn, **kwargs):
-        found.append((threading.current_thread().name.startswith("ThreadPool"), fn.name))
+    def compiled(*, src, cache_hit, **kwargs):
+        if not cache_hit:
+            early = threading.current_thread().name.startswith("ThreadPool")
+            found.append((early, src.fn.__name__))
 
     found = []
-    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", compiled)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", compiled)
     p = Problem("unseen", tokens, 1280, 640, 16, 4)
     run(fastmoe.fused_experts, p, make_inputs(p, torch.bfloat16, DEVICE))
-    late = {name.rpartition(".")[2] for ahead_of_step, name in found if not ahead_of_step}
-    assert late <= {"count_kernel", "scan_kernel", "place_kernel"}
-    assert sum(ahead_of_step for ahead_of_step, _ in found) >= 6
+    assert not [name for early, name in found if not early]
+    assert len(found) >= 9
 
 
 @pytest.mark.parametrize(("experts", "fewer"), [(1, 1), (2, 2), (9, 2), (16, 16), (128, 16)])

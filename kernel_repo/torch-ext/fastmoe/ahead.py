@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import ops
+from . import hopper, ops
 from .autograd import FusedExperts
 from .device import backend_name
 
@@ -36,8 +36,12 @@ def compile_step(
     if kind in _compiled or not _serves(x):
         return
     _compiled.add(kind)
+    if x.is_cuda:
+        _start_triton(x.device)
 
     def step() -> None:
+        no_experts = ids.new_full((1, ids.shape[1]), up.shape[0])
+        ops.route(no_experts, up.shape[0], block_m)
         token = [t.new_zeros(1, t.shape[1]).requires_grad_(t.requires_grad) for t in operands[:2]]
         stacks = [
             None if w is None else w.detach()[:experts].requires_grad_(w.requires_grad)
@@ -48,13 +52,23 @@ def compile_step(
                 w.main_grad = torch.empty_like(w, dtype=dtype)
         into = tuple(None if d is None else w for w, d in zip(stacks[:2], added, strict=True))
         out = FusedExperts.apply(
-            *token, *stacks, ids.new_zeros(1, ids.shape[1]), gate, transposed, recompute,
+            *token, *stacks, no_experts, gate, transposed, recompute,
             into, None, block_m, *_no_rows(ids, experts),
         )  # fmt: skip
         with torch.no_grad():
             FusedExperts.backward(out.grad_fn, torch.zeros_like(out))
 
     ops.side_by_side(step, x)
+
+
+def _start_triton(device: torch.device) -> None:
+    """Triton's driver and imports, by one thread: threads that import at once may see halves."""
+    from triton.runtime import driver
+    from triton.tools import tensor_descriptor  # noqa: F401
+
+    driver.active.get_current_target()
+    if hopper.available(device):
+        from .backends.gluon import gated, weight_grad  # noqa: F401
 
 
 def few(experts: int) -> int:
@@ -66,8 +80,11 @@ def few(experts: int) -> int:
 
 
 def _serves(x: Tensor) -> bool:
-    """Where something is compiled; not while a graph is recorded, which other threads would spoil,
-    or under a mode that sees every op."""
+    """Where something is compiled.
+
+    Not while a graph is recorded, which other threads would spoil, or under a mode that sees every
+    op.
+    """
     if x.device.type != "cuda" or backend_name(x) != "triton":
         return False
     return not (torch.cuda.is_current_stream_capturing() or is_in_torch_dispatch_mode())

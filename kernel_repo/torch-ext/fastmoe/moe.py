@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -125,11 +126,10 @@ def _fused(
     """The path whose gate the kernels know: differentiable, for inference, or for a few tokens."""
     operands = (x, weights, up, down, up_bias, down_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        block_m, parts = _route(x, ids, up.shape[0], routing)
-        if not torch.compiler.is_compiling():
-            kind = (gate.spec(), transposed, recompute, accumulating, block_m)
-            compile_step(*operands, ids, *kind)
-        how = (gate.spec(), transposed, recompute, accumulating, place, block_m)
+        kind = (gate.spec(), transposed, recompute, accumulating)
+        before = partial(compile_step, *operands, ids, *kind)
+        block_m, parts = _route(x, ids, up.shape[0], routing, before)
+        how = (*kind, place, block_m)
         return FusedExperts.apply(*operands, ids, *how, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
         return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
@@ -166,18 +166,28 @@ def route_experts(x: Tensor, top_k_index: Tensor, num_experts: int, share: int =
     `share`: about one id in so many is no sentinel, as on one of so many ranks; tiles are chosen by
     it. Once the caller knows the number of rows, `Routing.cut` fits every buffer to it.
     """
-    triton = backend_name(x) == "triton"
-    block_m = tuning.bucket(top_k_index.numel() // share, num_experts) if triton else 0
+    block_m = _block_m(x, top_k_index, num_experts, share)
     return Routing(*ops.route(top_k_index, num_experts, block_m), block_m, top_k_index.shape[1])
 
 
-def _route(x: Tensor, ids: Tensor, num_experts: int, routing):
-    """(block_m, Routing.tensors()); a tile map only where Triton runs."""
+def _route(x: Tensor, ids: Tensor, num_experts: int, routing, before=None):
+    """(block_m, Routing.tensors()); a tile map only where Triton runs.
+
+    `before` is called with block_m once that is known, before the routing is built here.
+    """
     if callable(routing):
         routing = routing()
-    elif routing is None:
-        routing = route_experts(x, ids, num_experts)
-    return routing.block_m, routing.tensors()
+    block_m = _block_m(x, ids, num_experts) if routing is None else routing.block_m
+    if before is not None and not torch.compiler.is_compiling():
+        before(block_m)
+    if routing is None:
+        routing = Routing(*ops.route(ids, num_experts, block_m), block_m, ids.shape[1])
+    return block_m, routing.tensors()
+
+
+def _block_m(x: Tensor, ids: Tensor, num_experts: int, share: int = 1) -> int:
+    triton = backend_name(x) == "triton"
+    return tuning.bucket(ids.numel() // share, num_experts) if triton else 0
 
 
 def _plain_layout(up: Tensor, down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
