@@ -14,19 +14,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig
 
 from hf_moe_ep import DistributedConfig
@@ -124,11 +127,13 @@ class Run:
 
     def bytes(self) -> int:
         """Of this rank's weights and optimizer state."""
-        tensors = [*self.model.parameters()]
-        for state in self.optimizer.state.values():
-            tensors += [v for v in state.values() if torch.is_tensor(v)]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-        return sum(t.numel() * t.element_size() for t in local)
+        return _bytes(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Weights and optimizer state."""
+        states = [s.values() for s in self.optimizer.state.values()]
+        states = [v for values in states for v in values if torch.is_tensor(v)]
+        return [*self.model.parameters(), *states]
 
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Wall time of the slowest rank, all starting together."""
@@ -156,7 +161,7 @@ def measure_check(args: argparse.Namespace, device: torch.device, add: Callable)
                 if index >= 2:  # the first rounds compile and warm up
                     times[name].append(ms)
         plain = statistics.median(times["step"])
-        alone = check_alone(run, args.rounds)
+        alone, norms = check_alone(run, args.rounds)
         add(
             {
                 "what": "finite check",
@@ -165,7 +170,8 @@ def measure_check(args: argparse.Namespace, device: torch.device, add: Callable)
                 "micro_batches": micro_batches,
                 **{name: asdict(spread(ms)) for name, ms in times.items()},
                 "check_ms": alone,
-                "check_gbs": 1e-6 * (run.bytes() + parameter_bytes(run.model)) / alone,
+                "norms_ms": norms,
+                "check_gbs": 1e-6 * (run.bytes() + _bytes(run.model.parameters())) / alone,
                 "share": alone / plain,
                 "share_by_steps": statistics.median(times["with_check"]) / plain - 1,
             }
@@ -175,24 +181,39 @@ def measure_check(args: argparse.Namespace, device: torch.device, add: Callable)
     _forget(run)
 
 
-def check_alone(run: Run, rounds: int) -> float:
-    """Milliseconds of both checks of a step, over all gradients, states and values."""
+def check_alone(run: Run, rounds: int) -> tuple[float, float]:
+    """Milliseconds of both checks of a step, over all gradients, states and values; and of torch's
+    own way to read the same, a multi-tensor norm per dtype.
+    """
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     check = FiniteCheck(run.model, run.optimizer, every=10**9)
+    by_dtype = defaultdict(list)
+    for tensor in run.tensors() + [p.grad for p in run.model.parameters()]:
+        if tensor.numel() > 1:  # AdamW's steps
+            by_dtype[tensor.dtype].append(_local(tensor.detach()))
 
     def both() -> None:
         check.gradients()
         check.values()
 
-    times = [run.milliseconds(both) for _ in range(rounds + 2)]
+    def norms() -> None:
+        for tensors in by_dtype.values():
+            torch._foreach_norm(tensors, math.inf)
+
+    times = [[run.milliseconds(call) for call in (both, norms)] for _ in range(rounds + 2)]
     run.optimizer.zero_grad()
-    return statistics.median(times[2:])
+    ours, torchs = (statistics.median(column) for column in zip(*times[2:], strict=True))
+    return ours, torchs
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    return sum(p.numel() * p.element_size() for p in local)
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    local = [_local(t) for t in tensors]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 def measure_saves(args: argparse.Namespace, device: torch.device, add: Callable) -> None:

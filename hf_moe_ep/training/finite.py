@@ -109,7 +109,7 @@ class FiniteCheck:
     def _check(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> None:
         here = []
         for number, tensor in numbered:
-            tensor = local(tensor.detach())
+            tensor = local(tensor)
             same_device = tensor.device == self._first.device  # AdamW counts its steps on the CPU
             if tensor.is_floating_point() and tensor.numel() and same_device:
                 here.append((number, tensor))
