@@ -5,8 +5,8 @@
 Uniform routing. T tokens of each rank, H hidden, I intermediate, E experts, K experts a token. GEMM
 speeds are those of results/train-nvidia-h200.json at as many rows an expert; the figures below are
 from two H200s (NVLink NV18), 2026-11; the network between nodes was not measured, so its bandwidth
-is an argument. Nothing overlaps. At 16,384 tokens it is within 1.15 of what two GPUs take; at 4096,
-where they wait for the host's launches, they take up to twice what it says.
+is an argument. Nothing overlaps. At 16,384 tokens it is within 1.2 of what two GPUs took; at 4096,
+where they wait for the host's launches, they took up to twice what it says.
 """
 
 from __future__ import annotations

@@ -42,6 +42,10 @@ class FastMoEEP(upstream.EPImplementation):
     may differ, also to zero, and a rank that stopped is named. Sums are in fp32 and in rank order:
     the same inputs give the same bits.
 
+    A forward waits once for the device, for the number of rows; for up to 8192 slots, in a CUDA
+    graph and with HF_MOE_EP_WAIT=0 never. The experts' buffers then have room for all tokens'
+    experts being here: as many times as much as is used on average as there are ranks.
+
     Raises, when called: what `agree` raises. An error of a collective, in backward too, has the
     layer and the rank in its notes. ValueError for eager experts that train.
     """
