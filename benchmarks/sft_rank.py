@@ -31,8 +31,9 @@ GIB = 2**30
 class StepClock(TrainerCallback):
     """Notes the device's time at the end of every optimizer step, without waiting for it."""
 
-    def __init__(self, device: torch.device, warmup: int):
-        self.device, self.warmup = device, warmup
+    def __init__(self, device: torch.device, job: dict):
+        self.device, self.warmup, self.tokens = device, job["warmup"], job["tokens"]
+        self.attention: str | None = None
         self._marks: list = []
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -43,6 +44,10 @@ class StepClock(TrainerCallback):
             self._marks.append(time.perf_counter())
         if len(self._marks) == self.warmup and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.device.type == "cuda":
+            self.attention = attention_backend(model.config, self.tokens, self.device)
 
     def times_ms(self) -> list[float]:
         """From the end of a step to the end of the next, data loading included, in milliseconds."""
@@ -58,7 +63,7 @@ def main() -> int:
     os.environ["MASTER_PORT"] = str(job["port"])
     arguments = sft.prepare(job["argv"])
     training = arguments[1]
-    clock = StepClock(training.device, job["warmup"])
+    clock = StepClock(training.device, job)
     trainer = sft.make_trainer(*arguments, load=load_random)
     trainer.add_callback(clock)
     trainer.train()
@@ -94,13 +99,13 @@ def measured(trainer, clock: StepClock, job: dict) -> dict:
         "tokens_per_step": tokens,
         "tokens_per_s": tokens / step.median_ms * 1e3,
         "mean_loss": loss,
+        "attention": clock.attention,
         "logged": {key: log[key] for log in logs for key in LOGGED if key in log},
     }
     peak = peak_tflops(torch.cuda.get_device_name(device), trainer.model.dtype) if on_gpu else None
     if on_gpu:
         most = torch.cuda.max_memory_allocated(device) / GIB
         row["peak_gib"] = slowest([most], device)[0] if dist.is_initialized() else most
-        row["attention"] = attention_backend(trainer.model.config, job["tokens"], device)
     if peak:
         flops = count_flops(trainer.model)
         per_s = row["tokens_per_s"] / world / (peak * 1e12)

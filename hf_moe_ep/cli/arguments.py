@@ -1,10 +1,20 @@
-"""TRL's SFTConfig for a model that is sharded by hf_moe_ep's DistributedConfig."""
+"""TRL's SFTConfig for a model that is sharded by hf_moe_ep's DistributedConfig, and the choice of
+what computes sdpa attention."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from trl import SFTConfig
 
 from ..config import DistributedConfig
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 @dataclass
@@ -15,6 +25,29 @@ class SFTArguments(SFTConfig):
         default=False,
         metadata={"help": "Sharded models: write checkpoints while training goes on."},
     )
+
+    sdpa_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "What sdpa attention tries first, where it can serve the call: "
+            f"{', '.join(SDPA_BACKENDS)}; default: torch's order. cudnn is the fastest on Hopper."
+        },
+    )
+
+    def __post_init__(self):
+        if self.sdpa_backend not in (None, *SDPA_BACKENDS):
+            raise ValueError(
+                f"sdpa_backend={self.sdpa_backend!r}: choose from {', '.join(SDPA_BACKENDS)}"
+            )
+        super().__post_init__()
+
+    def sdpa_order(self) -> AbstractContextManager:
+        """While it lasts, torch's sdpa tries `sdpa_backend` first, in every thread."""
+        if self.sdpa_backend is None:
+            return nullcontext()
+        first = SDPA_BACKENDS[self.sdpa_backend]
+        others = [backend for backend in SDPA_BACKENDS.values() if backend != first]
+        return sdpa_kernel([first, *others], set_priority=True)
 
     def to_dict(self):
         """As SFTConfig's, with the layout as a dict; loggers write it as JSON."""

@@ -60,6 +60,10 @@ def make_trainer(script, training, model, mixture, load: Callable | None = None)
     class Trainer(ShardedCheckpointMixin, SFTTrainer):
         async_save = training.async_save
 
+        def train(self, *args, **kwargs):
+            with training.sdpa_order():
+                return super().train(*args, **kwargs)
+
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,

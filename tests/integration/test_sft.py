@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.nn.attention import _cur_sdpa_kernel_backends
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -98,6 +99,10 @@ def launch(*command):
     return done.stdout + done.stderr
 
 
+def sdpa_order():
+    return [b.name for b in _cur_sdpa_kernel_backends(with_priority=True)]
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -106,7 +111,8 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def single(place):
-    """The logs of one process, through a YAML file, with the calls that fastmoe got."""
+    """The logs of one process, through a YAML file, with the calls that fastmoe got and the order
+    of attention's backends in them."""
     calls = []
     real = ALL_EXPERTS_FUNCTIONS["fastmoe"]
     with pytest.MonkeyPatch.context() as patch:
@@ -114,9 +120,10 @@ def single(place):
         patch.setitem(
             ALL_EXPERTS_FUNCTIONS._local_mapping,
             "fastmoe",
-            lambda *a, **k: calls.append(a[1].shape) or real(*a, **k),
+            lambda *a, **k: calls.append((a[1].shape, sdpa_order())) or real(*a, **k),
         )
-        assert sft.main(arguments(place, "--output_dir", str(place / "single"))) == 0
+        flags = ["--output_dir", str(place / "single"), "--sdpa_backend", "flash"]
+        assert sft.main(arguments(place, *flags)) == 0
     return logs(place / "single"), calls
 
 
@@ -130,6 +137,12 @@ def test_one_process_trains_with_fastmoe(place, single):
     name = "model.layers.1.mlp.experts.down_proj"
     change = after.get_parameter(name) - before.get_parameter(name)
     assert 1e-4 < change.abs().max() < 1e-2  # AdamW at 1e-3, two steps
+
+
+def test_attention_tries_the_backend_that_was_named(single):
+    flash_first = ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    assert all(order == flash_first for _, order in single[1])
+    assert sdpa_order() != flash_first  # only while it trains
 
 
 def test_telemetry_is_on(single):
@@ -300,6 +313,7 @@ REFUSED = [
     (["--enable_sequence_parallel", "true"], "enable_sequence_parallel does nothing"),
     (["--ep_implementation", "all_to_all"], "ep_implementation does nothing without a layout"),
     (["--ep_implementation", "al_to_all"], "ep_implementation='al_to_all' is unknown"),
+    (["--sdpa_backend", "cudn"], "sdpa_backend='cudn': choose from cudnn, flash"),
     (["--async_save", "true"], "async_save does nothing without a layout"),
     (["--model_init_kwargs", '{"experts_implementation": "eager"}'], "as a flag"),
     (["--model_init_kwargs", '{"distributed_config": {"ep_sise": 2}}'], "cannot use ep_sise"),
