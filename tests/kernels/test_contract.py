@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastmoe
 from benchmarks.problems import EDGE, make_inputs
-from fastmoe import autograd, decode, ops, tuning
+from fastmoe import autograd, ops, tuning
+from fastmoe.backends.launch import launch
 from tests.kernels.common import DEVICE, error, run
 
 SMALL = EDGE[0]
@@ -323,17 +324,20 @@ def test_backward_in_a_thread_without_a_context():
 
 
 class Kernel:
-    """A Triton kernel that compiles once for aligned addresses and once for others."""
+    """A Triton kernel that notes how it is launched."""
 
     def __init__(self):
         self.log = []
 
+    def fn(self):
+        """What Triton compiles."""
+
     def __getitem__(self, grid):
-        def launch(*args):
+        def call(*args, num_warps):
             self.log.append(("looked at", grid, args))
             return Compiled(self.log)
 
-        return launch
+        return call
 
 
 class Compiled:
@@ -344,17 +348,23 @@ class Compiled:
         return lambda *args: self.log.append(("launched", grid, args))
 
 
-def test_decode_launches_a_known_kind_directly_unless_an_address_is_odd():
-    kernel, compiled, t = Kernel(), {}, torch.zeros(64)
-    grid, odd = (2, 3, 1), t[1:]
+def test_a_known_kind_is_launched_directly_unless_an_address_is_odd():
+    kernel, t = Kernel(), torch.zeros(64)
+    grid, odd = (2, 3), t[1:]
     assert t.data_ptr() % 16 == 0
-    for tensors in ((t, None), (t, None), (odd, None), (t, odd), (t, t)):
-        decode._launch(kernel, grid, compiled, "up", tensors, 7)
-    assert [(how, where) for how, where, _ in kernel.log] == [
-        ("looked at", grid), ("launched", grid), ("looked at", grid), ("looked at", grid),
-        ("launched", grid),
+    calls = [
+        ((t, None), (7,), (1,), "looked at"), ((t, None), (8,), (1,), "launched"),
+        ((odd, None), (8,), (1,), "looked at"), ((t, odd), (8,), (1,), "looked at"),
+        ((t, None), (2**31,), (1,), "looked at"), ((t, None), (8,), (2,), "looked at"),
+        ((t.double(), None), (8,), (1,), "looked at"), ((t, None), (9,), (2,), "launched"),
     ]  # fmt: skip
-    assert all(args[-1] == 7 and len(args) == 3 for *_, args in kernel.log)
+    for tensors, numbers, constants, _ in calls:
+        launch(kernel, grid, tensors, numbers, constants, num_warps=4)
+    assert [how for how, *_ in kernel.log] == [how for *_, how in calls]
+    assert all(where[:2] == grid for _, where, _ in kernel.log)
+    given = [(*tensors, *numbers, *constants) for tensors, numbers, constants, _ in calls]
+    assert all(a is b for (*_, args), want in zip(kernel.log, given, strict=True)
+               for a, b in zip(args, want, strict=True))  # fmt: skip
 
 
 @pytest.mark.gpu

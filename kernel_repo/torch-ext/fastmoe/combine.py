@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .backends import torch_ops
+from .backends.launch import launch
 from .device import backend_name
 from .routing import Routing
 
@@ -44,9 +45,9 @@ def _sum_rows(y, weights, positions: torch.Tensor, out=None) -> torch.Tensor:
     out = y.new_empty(tokens, width) if out is None else out
     block = min(_MAX_BLOCK_H, _next_power_of_2(width))
     if tokens:
-        combine_kernel[(tokens, -(-width // block))](
-            y, weights, positions, out, width, top_k, weights is not None, block,
-            num_warps=8 if block > 2048 else 4,
+        launch(
+            combine_kernel, (tokens, -(-width // block)), (y, weights, positions, out), (),
+            (width, top_k, weights is not None, block), num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
     return out
 
@@ -62,9 +63,10 @@ def combine_backward(
     grad_y = torch.empty_like(y)
     dots = y.new_empty(y.shape[0], 1, dtype=torch.float32)
     if y.shape[0]:
-        combine_backward_kernel[(y.shape[0],)](
-            grad, y, weights, r.perm, r.offsets, grad_y, dots, y.shape[1], r.num_experts, r.top_k,
-            min(2048, _next_power_of_2(y.shape[1])),
+        launch(
+            combine_backward_kernel, (y.shape[0],),
+            (grad, y, weights, r.perm, r.offsets, grad_y, dots), (),
+            (y.shape[1], r.num_experts, r.top_k, min(2048, _next_power_of_2(y.shape[1]))),
         )  # fmt: skip
     return grad_y, routing_weight_grad(dots, r, weights.dtype)
 
@@ -78,9 +80,10 @@ def routing_weight_grad(dots: torch.Tensor, r: Routing, dtype: torch.dtype) -> t
     slots, block = r.inv_perm.numel(), 128
     out = dots.new_empty(slots // r.top_k, r.top_k, dtype=dtype)
     if slots:
-        routing_weight_grad_kernel[(-(-slots // block),)](
-            dots, r.inv_perm, out, slots, dots.shape[1], block, _next_power_of_2(dots.shape[1])
-        )
+        launch(
+            routing_weight_grad_kernel, (-(-slots // block),), (dots, r.inv_perm, out), (slots,),
+            (dots.shape[1], block, _next_power_of_2(dots.shape[1])),
+        )  # fmt: skip
     return out
 
 

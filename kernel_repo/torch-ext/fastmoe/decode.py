@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .backends.launch import launch
 from .device import backend_name
 from .gates import Gate
 
@@ -15,8 +16,6 @@ _MAX_SLOTS = 32  # from here on, experts are shared so often that sorting pays; 
 # (columns of the output, depth) of a program, by the memory order of the weights.
 _UP_BLOCK = {False: (4, 1024), True: (64, 64)}
 _DOWN_BLOCK = {False: (8, 1024), True: (64, 128)}
-_ALIGNMENT = 16  # bytes; Triton compiles for addresses that are multiples of it, and for others
-_compiled: dict[tuple, dict] = {}  # kind of call -> its compiled kernels, by name
 
 
 def serves(x: torch.Tensor, num_slots: int, num_experts: int) -> bool:
@@ -52,38 +51,14 @@ def decode(
     down_n, down_k = _DOWN_BLOCK[transposed]
     a = x.new_empty(tokens * top_k, inner)
     out = torch.empty_like(x)
-    kind = (
-        x.device, x.dtype, ids.dtype, weights.dtype, experts, hidden, inner, top_k, gate,
-        transposed, up_bias is None, down_bias is None,
+    launch(
+        decode_up_kernel, (tokens * top_k, -(-inner // up_n)), (x, ids, up, up_bias, a), (),
+        (experts, hidden, inner, top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha,
+         gate.limit, gate.up_offset, transposed, up_bias is not None, up_n, up_k),
     )  # fmt: skip
-    compiled = _compiled.setdefault(kind, {})
-    _launch(
-        decode_up_kernel, (tokens * top_k, -(-inner // up_n), 1), compiled, "up",
-        (x, ids, up, up_bias, a),
-        experts, hidden, inner, top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha,
-        gate.limit, gate.up_offset, transposed, up_bias is not None, up_n, up_k,
-    )  # fmt: skip
-    _launch(
-        decode_down_kernel, (tokens, -(-hidden // down_n), 1), compiled, "down",
-        (a, ids, weights, down, down_bias, out),
-        experts, hidden, inner, top_k, transposed, down_bias is not None, down_n, down_k,
+    launch(
+        decode_down_kernel, (tokens, -(-hidden // down_n)),
+        (a, ids, weights, down, down_bias, out), (),
+        (experts, hidden, inner, top_k, transposed, down_bias is not None, down_n, down_k),
     )  # fmt: skip
     return out
-
-
-def _launch(kernel, grid, compiled: dict, name: str, tensors: tuple, *numbers) -> None:
-    """`kernel[grid]`, which looks at every argument each time, once for a kind of call.
-
-    `compiled` holds the kernels of one kind: all that Triton compiles differently is the same but
-    the addresses, and only aligned ones go this way.
-    """
-    addresses = 0
-    for t in tensors:
-        if t is not None:
-            addresses |= t.data_ptr()
-    if addresses % _ALIGNMENT:
-        kernel[grid](*tensors, *numbers)
-    elif name in compiled:
-        compiled[name][grid](*tensors, *numbers)
-    elif launched := kernel[grid](*tensors, *numbers):  # None under the interpreter
-        compiled[name] = launched

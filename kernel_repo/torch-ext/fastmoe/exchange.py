@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .backends.launch import launch
+
 
 def write_routes(
     place: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tokens: int
@@ -21,9 +23,10 @@ def write_routes(
 
     top_k, block = ids.shape[1], 256
     if tokens:
-        write_routes_kernel[(-(-tokens * top_k // block),)](
-            place.view(torch.int32), ids.contiguous(), weights.contiguous(),
-            tokens * top_k, ids.numel(), top_k, block,
+        launch(
+            write_routes_kernel, (-(-tokens * top_k // block),),
+            (place.view(torch.int32), ids.contiguous(), weights.contiguous()),
+            (tokens * top_k, ids.numel()), (top_k, block),
         )  # fmt: skip
 
 
@@ -42,9 +45,10 @@ def pull_routes(
     weights = torch.empty(shape, dtype=dtype, device=peers.device)
     if ids.numel():
         block = 256
-        pull_routes_kernel[(-(-ids.numel() // block),)](
-            peers, ids, weights, ids.numel(), tokens, first, num_experts, top_k, block
-        )
+        launch(
+            pull_routes_kernel, (-(-ids.numel() // block),), (peers, ids, weights),
+            (ids.numel(), tokens, first), (num_experts, top_k, block),
+        )  # fmt: skip
     return ids, weights
 
 
@@ -62,8 +66,9 @@ def pull_rows(
     if ids.shape[0]:
         tokens = ids.shape[0] // peers.numel()
         block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
-        pull_rows_kernel[(ids.shape[0],)](
-            peers, ids, rows, tokens, width, num_experts, ids.shape[1], block_k, block_h,
+        launch(
+            pull_rows_kernel, (ids.shape[0],), (peers, ids, rows), (tokens,),
+            (width, num_experts, ids.shape[1], block_k, block_h),
             num_warps=8 if block_h > 2048 else 4,
         )  # fmt: skip
     return rows
@@ -85,10 +90,11 @@ def pull_sums(
     if ids.shape[0]:
         (first, width, _), (second, small, _) = arrays[0], arrays[-1]
         block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
-        pull_sums_kernel[(ids.shape[0],)](
-            peers, first, second, ids, outs[0], outs[-1], rank * tokens, width, small, num_experts,
-            ids.shape[1], peers.numel(), block_k, block_h,
-            _next_power_of_2(small) if len(arrays) > 1 else 0,
+        launch(
+            pull_sums_kernel, (ids.shape[0],), (peers, ids, outs[0], outs[-1]),
+            (first, second, rank * tokens),
+            (width, small, num_experts, ids.shape[1], peers.numel(), block_k, block_h,
+             _next_power_of_2(small) if len(arrays) > 1 else 0),
             num_warps=8 if block_h > 2048 else 4,
         )  # fmt: skip
     return outs

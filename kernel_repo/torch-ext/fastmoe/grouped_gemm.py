@@ -11,6 +11,7 @@ import torch
 
 from . import hopper, tuning
 from .backends import torch_ops
+from .backends.launch import launch
 from .device import backend_name, bind_context, has_tma, matmul_precision, num_programs
 from .gates import Gate
 from .routing import Routing
@@ -45,11 +46,13 @@ def up_gate(
     else:
         w, tma = _weight_operand(up, transposed, c.block_n * (width // inner), c.block_k)
     n_tiles = -(-inner // c.block_n)
-    up_gate_kernel[_grid(c, x)](
-        x, w, bias, h, a, r.perm, r.offsets, r.tiles, r.num_tiles,
-        inner, depth, r.top_k, gate.gated, gate.interleaved,
-        gate.activation, gate.alpha, gate.limit, gate.up_offset,
-        transposed, bias is not None, keep_h, tma, **_tiling(c, x, n_tiles),
+    launch(
+        up_gate_kernel, _grid(c, x),
+        (x, w, bias, h, a, r.perm, r.offsets, r.tiles, r.num_tiles), (),
+        (inner, depth, r.top_k, gate.gated, gate.interleaved,
+         gate.activation, gate.alpha, gate.limit, gate.up_offset,
+         transposed, bias is not None, keep_h, tma, *_tiling(c, x, n_tiles)),
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return h, a
 
@@ -77,10 +80,12 @@ def grouped_linear(
     x_tma = not gather and _tma_serves(rows)
     x_desc = _descriptor(rows, c.block_m, c.block_k) if x_tma else None
     n_tiles = -(-width // c.block_n)
-    grouped_linear_kernel[_grid(c, rows)](
-        rows, x_desc, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles,
-        width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma,
-        **_tiling(c, rows, n_tiles),
+    launch(
+        grouped_linear_kernel, _grid(c, rows),
+        (rows, x_desc, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles), (),
+        (width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma,
+         *_tiling(c, rows, n_tiles)),
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
 
@@ -109,11 +114,13 @@ def gate_backward(
     a = grad.new_empty((rows, inner) if keep_a else 0)
     dots = grad.new_empty(rows, n_tiles, dtype=torch.float32)
     w, tma = _weight_operand(down, not transposed, c.block_n, c.block_k)
-    gate_backward_kernel[_grid(c, grad)](
-        grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles,
-        rows, inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
-        gate.activation, gate.alpha, gate.limit, gate.up_offset,
-        not transposed, keep_a, tma, **_tiling(c, grad, n_tiles),
+    launch(
+        gate_backward_kernel, _grid(c, grad),
+        (grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles), (rows,),
+        (inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
+         gate.activation, gate.alpha, gate.limit, gate.up_offset,
+         not transposed, keep_a, tma, *_tiling(c, grad, n_tiles)),
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return grad_h, a, dots
 
@@ -166,10 +173,11 @@ def _launch_weight_grad(p, q, out, r: Routing, gather: bool, transpose_out: bool
     c = tuning.gemm_config("weight_grad", p.device, p.dtype, r.block_m)
     tma = _tma_serves(p)
     strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
-    weight_grad_kernel[_grid(c, p)](
-        _descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets,
-        p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, add, tma,
-        matmul_precision(p.dtype), c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten,
+    launch(
+        weight_grad_kernel, _grid(c, p),
+        (_descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets), (),
+        (p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, add, tma,
+         matmul_precision(p.dtype), c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
@@ -189,9 +197,10 @@ def bias_grad(
     splits, block_r, block_n = 16, 32, 128
     width = rows.shape[1]
     partial = rows.new_empty(splits, r.num_experts, width, dtype=torch.float32)
-    bias_grad_kernel[(r.num_experts, splits, -(-width // block_n))](
-        rows, weights, partial, r.perm, r.offsets, width, r.num_experts, r.top_k,
-        gather, weights is not None, splits, block_r, block_n,
+    launch(
+        bias_grad_kernel, (r.num_experts, splits, -(-width // block_n)),
+        (rows, weights, partial, r.perm, r.offsets), (),
+        (width, r.num_experts, r.top_k, gather, weights is not None, splits, block_r, block_n),
     )  # fmt: skip
     return partial.sum(0).to(dtype)
 
@@ -221,12 +230,11 @@ def _grid(c: tuning.GemmConfig, operand: torch.Tensor) -> tuple[int]:
     return (num_programs(operand.device) * c.ctas,)
 
 
-def _tiling(c: tuning.GemmConfig, operand: torch.Tensor, n_tiles: int) -> dict:
-    return dict(
-        PRECISION=matmul_precision(operand.dtype),
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
-        N_TILES=n_tiles, NUM_PROGRAMS=_grid(c, operand)[0], FLATTEN=c.flatten,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+def _tiling(c: tuning.GemmConfig, operand: torch.Tensor, n_tiles: int) -> tuple:
+    """The constants with which the signatures of the tiled kernels end."""
+    return (
+        matmul_precision(operand.dtype), c.block_m, c.block_n, c.block_k, c.group_m,
+        n_tiles, *_grid(c, operand), c.flatten,
     )  # fmt: skip
 
 

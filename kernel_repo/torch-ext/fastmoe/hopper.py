@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from .backends.launch import launch
 from .device import bind_context, num_programs
 from .gates import Gate
 from .routing import Routing
@@ -75,12 +76,14 @@ def gate_backward(
     dots = grad.new_empty(rows, n_tiles, dtype=torch.float32)
     block = (_TILE_N, _BLOCK_K) if transposed else (_BLOCK_K, _TILE_N)
     programs = num_programs(grad.device)
-    gate_backward_kernel[(programs,)](
-        grad, _descriptor(down.view(-1, down.shape[2]), block), weights, h, grad_h, a, dots,
-        r.perm, r.offsets, r.tiles, r.num_tiles, rows, r.num_experts,
-        inner, grad.shape[1], r.top_k, not transposed, keep_a,
-        gate.activation, gate.alpha, gate.limit, gate.up_offset,
-        _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M, programs, num_warps=4,
+    launch(
+        gate_backward_kernel, (programs,),
+        (grad, _descriptor(down.view(-1, down.shape[2]), block), weights, h, grad_h, a, dots,
+         r.perm, r.offsets, r.tiles, r.num_tiles), (rows,),
+        (r.num_experts, inner, grad.shape[1], r.top_k, not transposed, keep_a,
+         gate.activation, gate.alpha, gate.limit, gate.up_offset,
+         _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M, programs),
+        num_warps=4,
     )  # fmt: skip
     return grad_h, a, dots
 
@@ -112,10 +115,13 @@ def weight_grad(
     half, columns = _BLOCK_M // 2, _TILE_N * 2 // out.element_size()  # of the buffer for results
     programs = num_programs(p.device)
     out_block = (columns, half) if transpose_out else (half, columns)
-    weight_grad_kernel[(programs,)](
-        _descriptor(p, (_BLOCK_K, _BLOCK_M)), q, _descriptor(out.view(-1, out.shape[2]), out_block),
-        r.perm, r.offsets, r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
-        _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, programs, num_warps=4,
+    launch(
+        weight_grad_kernel, (programs,),
+        (_descriptor(p, (_BLOCK_K, _BLOCK_M)), q,
+         _descriptor(out.view(-1, out.shape[2]), out_block), r.perm, r.offsets), (),
+        (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
+         _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, programs),
+        num_warps=4,
     )  # fmt: skip
 
 

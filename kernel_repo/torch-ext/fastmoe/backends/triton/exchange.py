@@ -92,7 +92,7 @@ def _sum_of_ranks(
 
 @triton.jit(do_not_specialize=["first", "second", "FIRST_ROW"])
 def pull_sums_kernel(
-    peers_ptr, first, second, ids_ptr, out_ptr, small_ptr, FIRST_ROW, H, SMALL, NUM_EXPERTS,
+    peers_ptr, ids_ptr, out_ptr, small_ptr, first, second, FIRST_ROW, H, SMALL, NUM_EXPERTS,
     TOP_K: tl.constexpr, NUM_RANKS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SMALL: tl.constexpr,
 ):  # fmt: skip

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
+
 _CHUNK = 256  # slots of one program
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 _SCAN_ROWS, _SCAN_COLUMNS = 128, 16  # the block of counts that one program adds up at a time
@@ -47,7 +49,7 @@ def scan_kernel(
 @triton.jit(do_not_specialize=["S", "num_chunks", "MAX_TILES"])
 def place_kernel(
     ids_ptr, counts_ptr, perm_ptr, inv_perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    S, NUM_EXPERTS, num_chunks, MAX_TILES,
+    S, num_chunks, MAX_TILES, NUM_EXPERTS,
     CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Every chunk's slots to their rows, in order, and its share of the tile map."""
@@ -94,10 +96,14 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
     counts, perm, inv_perm = empty(num_chunks + 1, block_e), empty(num_slots), empty(num_slots)
     offsets, tiles, num_tiles = empty(num_experts + 1), empty(max_tiles, 2), empty(1)
-    count_kernel[(num_chunks,)](ids, counts, num_slots, num_experts, _CHUNK, block_e)
-    scan_kernel[(block_e // _SCAN_COLUMNS,)](counts, num_chunks, block_e, _SCAN_ROWS, _SCAN_COLUMNS)
-    place_kernel[(num_chunks,)](
-        ids, counts, perm, inv_perm, offsets, tiles, num_tiles,
-        num_slots, num_experts, num_chunks, max_tiles, _CHUNK, block_e, block_m, _STEP,
+    chunks = (num_chunks,)
+    launch(count_kernel, chunks, (ids, counts), (num_slots,), (num_experts, _CHUNK, block_e))
+    launch(
+        scan_kernel, (block_e // _SCAN_COLUMNS,), (counts,), chunks,
+        (block_e, _SCAN_ROWS, _SCAN_COLUMNS),
+    )  # fmt: skip
+    launch(
+        place_kernel, chunks, (ids, counts, perm, inv_perm, offsets, tiles, num_tiles),
+        (num_slots, num_chunks, max_tiles), (num_experts, _CHUNK, block_e, block_m, _STEP),
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles
