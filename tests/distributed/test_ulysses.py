@@ -122,8 +122,8 @@ def save_references(root, cases: dict[str, Case]) -> list[tuple[Path, list[str]]
     for names in models.values():
         model, folder = make_model(cases[names[0]]), root / str(len(saved))
         model.save_pretrained(folder)
-        # Loaded, as the ranks' is: in eval mode, and zaya's loading loses a value (its router's
-        # bias of the expert that does nothing is -1 again).
+        # Loaded, as the ranks' is: in eval mode, and zaya's loading loses a value
+        # (upstream/zaya_router_bias).
         model = type(model).from_pretrained(folder, experts_implementation="eager")
         torch.save(
             {name: results(model, cases[name].batches) for name in names}, folder / "reference.pt"
