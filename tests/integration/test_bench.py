@@ -17,6 +17,7 @@ import torch
 from benchmarks import (
     accumulate,
     bench_experts,
+    cells,
     environment,
     first_step,
     floors,
@@ -438,7 +439,7 @@ def test_tables_say_what_the_results_say():
     + [(12.34, "12.3"), (1795.4, "1795"), (float("nan"), "NaN")],
 )
 def test_numbers_have_three_digits(value, text):
-    assert report._number(value) == text
+    assert cells.number(value) == text
 
 
 def test_report_rewrites_documents_and_check_finds_an_edited_one(checkout, capsys):
