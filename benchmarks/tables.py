@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from .cells import Result, Row, figure, key, label, markdown, ms, number, shape, status
 from .floors import DENSE
+
+START = 20  # steps over which runs that train are compared, at their start and at their end
 
 
 def _limits(rows: list[Row]) -> dict[tuple, Row]:
@@ -186,20 +189,22 @@ def _upkeep(result: Result) -> str:
 
 
 def _stability(result: Result) -> str:
-    """Two runs from one start: their losses, and that nothing was not finite."""
+    """Two runs from one start: whether all was finite, and their losses over steps both have."""
+    common = min(len(row["loss"]) for row in result["rows"])
+    parts = slice(0, min(START, common)), slice(max(common - START, 0), common)
     lines = []
     for row in result["rows"]:
         losses = row["loss"]
-        cells = [row["run"], f"{len(losses)} of {result['steps']}", number(losses[0])]
-        cells += [number(sum(losses[part]) / len(losses[part])) for part in STABILITY_PARTS]
-        cells += [row.get("not_finite", "none")]
-        lines.append([*cells, figure(row, "step_ms"), figure(row, "peak_gib")])
-    header = ["weights and states", "steps", "first loss", "mean of the first 20"]
-    header += ["mean of the last 20", "not finite", "step ms", "peak GiB"]
-    return markdown(header, lines)
-
-
-STABILITY_PARTS = (slice(20), slice(-20, None))
+        all_finite = all(map(math.isfinite, [*losses, *row["gradient_norm"]]))
+        cells = [row["run"], f"{len(losses)} of {result['steps']}"]
+        cells += [row.get("not_finite", "yes" if all_finite else "no"), number(losses[0])]
+        cells += [number(sum(losses[part]) / len(losses[part])) for part in parts]
+        cells += [figure(row, "step_ms")]
+        cells += [f"{row['check_share']:.1%}" if "check_share" in row else "-"]
+        lines.append([*cells, figure(row, "peak_gib")])
+    header = ["weights and states", "steps", "all finite", "first loss"]
+    header += [f"mean of steps {part.start + 1}-{part.stop}" for part in parts]
+    return markdown([*header, "step ms", "check of the step", "peak GiB"], lines)
 
 
 def _plan(result: Result) -> str:

@@ -433,6 +433,23 @@ def test_tables_say_what_the_results_say():
     )
 
 
+def test_a_run_cut_short_is_compared_over_the_steps_that_both_have():
+    whole = {"run": "bf16", "loss": [4.0] * 20 + [3.0] * 10 + [1.0] * 20, "step_ms": 215.0}
+    short = {"run": "fp32 master", "loss": [5.0] * 20 + [2.0] * 20}
+    whole |= {"check_share": 0.0082, "peak_gib": 13.8}
+    rows = [row | {"gradient_norm": [1.0] * len(row["loss"])} for row in (whole, short)]
+    result = made_up_results()["train-test"] | {"mode": "stability", "steps": 50, "rows": rows}
+    lines = report.table(result).splitlines()
+    assert "| mean of steps 1-20 | mean of steps 21-40 |" in lines[0]
+    assert lines[2] == "| bf16 | 50 of 50 | yes | 4.00 | 4.00 | 2.00 | 215 | 0.8% | 13.8 |"
+    assert lines[3] == "| fp32 master | 40 of 50 | yes | 5.00 | 5.00 | 2.00 | - | - | - |"
+    rows[0]["gradient_norm"][30] = float("nan")
+    rows[1]["not_finite"] = "lm_head.weight, step 40"
+    lines = report.table(result).splitlines()
+    assert lines[2].startswith("| bf16 | 50 of 50 | no |")
+    assert lines[3].startswith("| fp32 master | 40 of 50 | lm_head.weight, step 40 |")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (1.6e-7, "1.6e-07"), (0.03124, "0.0312"), (7.456, "7.46"), (99.96, "100")]
