@@ -10,7 +10,6 @@ rank's times count. T tokens of each rank, E experts in all, E/n on each of n ra
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -75,9 +74,8 @@ def main(argv: list[str]) -> int:
         "environment": describe(device, torchrun("bench_ep", argv), args.commit),
     }
     if dist.get_rank() == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"ep{bench.ranks}-{device_slug(device)}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        report.save(result, path)
         print(f"{report.table(result)}\n{path}", flush=True)
     dist.barrier()
     dist.destroy_process_group()

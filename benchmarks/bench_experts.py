@@ -9,7 +9,6 @@ fails or is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -170,7 +169,7 @@ def _run(
         # After the measurement, because an adapter may set a variable that belongs to the record.
         said = command("hf-moe-ep bench", argv)
         result["environment"] = describe(settings.device, said, args.commit)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        report.save(result, path)
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"\n{report.table(result)}\n{path}", flush=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
         for cache in ("dynamic", "static") if batch in static else ("dynamic",):
             names = [OURS, BASELINE] + [KEPT] * (cache == "dynamic")
             result["rows"] += measure(model, reference, names, batch, cache, args)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            report.save(result, path)
     print(f"\n{report.table(result)}\n{path}", flush=True)
     return int(any("wrong" in row for row in result["rows"]))
 

@@ -33,7 +33,7 @@ from hf_moe_ep.training import clip_grad_norm_, count_flops, param_groups, peak_
 from .bench_sequence import QWEN3_30B_A3B, TINY, loss_of, sequence
 from .environment import describe, device_slug, torchrun
 from .random_model import random_model
-from .ranks import join, slowest
+from .ranks import join, save, slowest
 from .timing import synchronize
 
 GIB = 2**30
@@ -90,8 +90,7 @@ def main(argv: list[str]) -> int:
         result["rows"].append({"name": name} | measure(point, args, device))
         if dist.get_rank() == 0:
             print(json.dumps(result["rows"][-1]), flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, path)
     dist.barrier()
     dist.destroy_process_group()
     ratios = [row["peak_over_plan"] for row in result["rows"] if row["peak_over_plan"]]

@@ -11,7 +11,6 @@ sequences of 4096; sums of kernel times, so what the host takes does not count.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -52,8 +51,7 @@ def main(argv: list[str]) -> int:
         ),
     }
     path = args.out / f"router-{device_slug(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.save(result, path)
     print(f"{report.table(result)}\n{path}")
     return 0
 

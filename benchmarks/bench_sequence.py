@@ -31,7 +31,7 @@ from hf_moe_ep import DistributedConfig
 from hf_moe_ep.sequence_parallel import enable_sequence_parallel
 
 from .environment import describe, device_slug, torchrun
-from .ranks import join, slowest
+from .ranks import join, save, slowest
 from .timing import spread, synchronize
 
 GIB = 2**30
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     path = args.out / f"sequence{ranks}-{name}-{device_slug(device)}.json"
     for tokens in [int(t) for t in args.tokens.split(",")]:
         result["rows"] += measure(models, tokens, args, device)
-        _write(result, path)
+        save(result, path)
     if args.longest:
         result["longest"] = {"sp_size": ranks, "ended_by": "running"}
         longest(models[ranks], result, args.longest, path, device)
@@ -256,11 +256,11 @@ def longest(
             found["ended_by"] = "seconds" if tokens > last["T"] else "memory"
             break
         found["trying"] = tokens
-        _write(result, path)
+        save(result, path)
         found["steps"].append(one_step(model, tokens, device))
         if dist.get_rank() == 0:
             print(f"sp_size={found['sp_size']}: {found['steps'][-1]}", flush=True)
-    _write(result, path)
+    save(result, path)
 
 
 def fits(before: dict, last: dict, device: torch.device) -> int:
@@ -288,12 +288,6 @@ def one_step(model: nn.Module, tokens: int, device: torch.device) -> dict:
     most = torch.cuda.max_memory_allocated(device) if on_gpu else 0
     over, process = slowest([(most - before) / GIB, most / GIB], device) if on_gpu else (None, None)
     return {"T": tokens, "step_s": ms / 1e3, "peak_gib": over, "process_gib": process}
-
-
-def _write(result: dict, path: Path) -> None:
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def run(chosen: dict[str, Case], args, record: dict, result: dict, scratch: Path
             print(json.dumps(row), flush=True)
             if "device" in result:
                 path = args.out / f"sft-{result['group']}-{result['device']}.json"
-                path.write_text(json.dumps(result, indent=1) + "\n")
+                report.save(result, path)
     finally:
         for ranks in started.values():
             ranks.kill()

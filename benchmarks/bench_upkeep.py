@@ -44,7 +44,7 @@ from hf_moe_ep.training import (
 from .bench_plan import Point, make_model
 from .bench_sequence import QWEN3_30B_A3B, TINY, loss_of, sequence
 from .environment import describe, device_slug, torchrun
-from .ranks import join, slowest
+from .ranks import join, save, slowest
 from .timing import spread, synchronize
 
 VOCABULARY = 32768  # of the model that is saved: its layers are what takes the memory
@@ -68,8 +68,7 @@ def main(argv: list[str]) -> int:
         result["rows"].append(row)
         if dist.get_rank() == 0:
             print(json.dumps(row), flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, path)
 
     measure_check(args, device, add)
     measure_saves(args, device, add)

@@ -10,7 +10,6 @@ T, E, skew, sentinels and the routing are free. T, H, I, E, K as in problems.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -243,8 +242,7 @@ def main(argv: list[str]) -> int:
     for failure in result["failures"]:
         print(f"seed {failure['seed']}: {'; '.join(failure['objections'])}\n  {failure['problem']}")
     path = args.out / f"random-{device_slug(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.save(result, path)
     print(f"{report.table(result)}\n\n{result['passed']} of {result['problems']} problems passed "
           f"in {result['seconds']:.0f} s\n{path}")  # fmt: skip
     return int(result["passed"] != result["problems"])

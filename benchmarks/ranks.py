@@ -1,13 +1,16 @@
-"""What the benchmarks of several ranks share: joining the process group of a torchrun, and one
-figure for all ranks.
+"""What the benchmarks of several ranks share: joining the process group of a torchrun, one figure
+for all ranks, and one file.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from . import report
 
 
 def join() -> torch.device:
@@ -25,3 +28,9 @@ def slowest(times: list[float], device: torch.device) -> list[float]:
     every = torch.tensor(times, dtype=torch.float64, device=device)
     dist.all_reduce(every, dist.ReduceOp.MAX)
     return every.tolist()
+
+
+def save(result: dict, path: Path) -> None:
+    """The first rank writes the result."""
+    if dist.get_rank() == 0:
+        report.save(result, path)

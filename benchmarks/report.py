@@ -82,6 +82,12 @@ def load(name: str, results: Path = RESULTS) -> Result:
     return json.loads(path.read_text())
 
 
+def save(result: Result, path: Path) -> None:
+    """Writes a result as load() reads it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def rewritten(text: str, results: Path = RESULTS) -> str:
     """A document's text with every marked table made anew."""
 

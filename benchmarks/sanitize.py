@@ -10,7 +10,6 @@ counts, and 2 where the tool is missing or did not run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -174,8 +173,7 @@ def main(argv: list[str]) -> int:
         ),
     }
     path = args.out / f"sanitize-{device_slug(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.save(result, path)
     print(f"{report.table(result)}\n{path}")
     return int(any(row["errors"] or row["warnings"] for row in rows))
 

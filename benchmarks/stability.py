@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -30,7 +29,7 @@ from hf_moe_ep.cli.demo.data import documents
 from hf_moe_ep.training import FiniteCheck, clip_grad_norm_, param_groups
 
 from .environment import describe, device_slug, torchrun
-from .ranks import join
+from .ranks import join, save
 from .timing import synchronize
 
 BYTES = 256
@@ -63,13 +62,13 @@ def main(argv: list[str]) -> int:
         dist.barrier()
         for name in ("bf16", "fp32 master"):
             result["rows"].append({"run": name})
-            _run(shared[0], result["rows"][-1], args, device, partial(_write, result, path))
+            _run(shared[0], result["rows"][-1], args, device, partial(save, result, path))
         dist.barrier()
     result |= {
         "first_steps_differ_by": _difference(result["rows"], slice(START)),
         "last_steps_differ_by": _difference(result["rows"], slice(-START, None)),
     }
-    _write(result, path)
+    save(result, path)
     if dist.get_rank() == 0:
         for row in result["rows"]:
             print({k: v for k, v in row.items() if k not in ("loss", "gradient_norm")})
@@ -78,12 +77,6 @@ def main(argv: list[str]) -> int:
     dist.destroy_process_group()
     wrong = any("not_finite" in row for row in result["rows"])
     return int(wrong or not result["first_steps_differ_by"] <= AGREE)
-
-
-def _write(result: dict, path: Path) -> None:
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
