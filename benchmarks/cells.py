@@ -41,6 +41,11 @@ def figure(row: Row, quantity: str) -> str:
     return "-" if row.get(quantity) is None else number(row[quantity])
 
 
+def percent(row: Row, quantity: str) -> str:
+    """The quantity, a fraction, as a percentage; "-" where the row has none."""
+    return "-" if row.get(quantity) is None else f"{row[quantity]:.1%}"
+
+
 def label(name: str, result: Result) -> str:
     """An implementation as a table calls it, ours in bold."""
     if name != DENSE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .cells import Result, Row, figure, key, label, markdown, ms, number, shape, status
+from .cells import Result, Row, figure, key, label, markdown, ms, number, percent, shape, status
 from .floors import DENSE
 
 START = 20  # steps over which runs that train are compared, at their start and at their end
@@ -199,9 +199,8 @@ def _stability(result: Result) -> str:
         cells = [row["run"], f"{len(losses)} of {result['steps']}"]
         cells += [row.get("not_finite", "yes" if all_finite else "no"), number(losses[0])]
         cells += [number(sum(losses[part]) / len(losses[part])) for part in parts]
-        cells += [figure(row, "step_ms")]
-        cells += [f"{row['check_share']:.1%}" if "check_share" in row else "-"]
-        lines.append([*cells, figure(row, "peak_gib")])
+        cells += [figure(row, "step_ms"), percent(row, "check_share"), figure(row, "peak_gib")]
+        lines.append(cells)
     header = ["weights and states", "steps", "all finite", "first loss"]
     header += [f"mean of steps {part.start + 1}-{part.stop}" for part in parts]
     return markdown([*header, "step ms", "check of the step", "peak GiB"], lines)
@@ -217,7 +216,7 @@ def _plan(result: Result) -> str:
             [str(result["layers"]), layout, str(row["tokens"]), str(row["micro_batches"])]
             + [checkpointing, figure(row, "peak_gib"), figure(row, "planned_gib")]
             + [number(row["step_s"]), number(row["planned_s"])]
-            + [f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}"]
+            + [f"{row['tokens_per_s']:,.0f}", percent(row, "mfu")]
         )
     header = ["layers", "layout", "tokens of a rank", "micro-batches", "checkpointing"]
     header += ["peak GiB", "planned GiB", "step s", "planned s", "tokens/s", "MFU"]
@@ -254,7 +253,7 @@ def _sft(result: Result) -> str:
         lines.append(
             [str(row["layers"]), str(row["gpus"]), f"**{name}**" if ours else name]
             + [f"{row['tokens_per_step']:,}", ms(row, "step"), f"{row['tokens_per_s']:,.0f}"]
-            + [f"{faster:.2f}", f"{row['mfu']:.1%}" if row.get("mfu") else "-"]
+            + [f"{faster:.2f}", percent(row, "mfu")]
             + [figure(row, "peak_gib")]
         )
     header = ["layers", "GPUs", "", "tokens per step", "step ms", "tokens/s", "of the first row"]
