@@ -58,13 +58,13 @@ def test_repeated_runs_give_the_same_bits(root):
 # --- the loss curve of one process -----------------------------------------------------------
 
 
-def curve(model, steps: int, groups: int, group: int | None, spoil=None) -> list[float]:
+def curve(model, steps: int, groups: int, group: int | None, spoil=None, lr=2e-3) -> list[float]:
     """Losses of AdamW steps on 4 sequences each, of which a rank sees its group's.
 
     `spoil` may change the gradients of the model.
     """
     # eps well above rounding: Adam divides near-zero gradients by their own size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-4, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-4, foreach=False)
     losses = []
     for step in range(steps):
         ids = torch.randint(3, 24, (4, 12), generator=torch.Generator().manual_seed(step % 7))
@@ -84,31 +84,34 @@ def curve(model, steps: int, groups: int, group: int | None, spoil=None) -> list
     return losses.tolist()
 
 
-def sharded_curve(case, folder, steps):
-    return curve(load(case, folder), steps, case.config.dp_size, group_of(case))
+def sharded_curve(case, folder, steps, lr):
+    return curve(load(case, folder), steps, case.config.dp_size, group_of(case), lr=lr)
 
 
-def check_curve(root, case, steps):
+def check_curve(root, case, steps, lr):
     folder = write_checkpoint(root, case.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
-    want = torch.tensor(curve(model.to(device_of(case.world)), steps, 1, None))
+    want = torch.tensor(curve(model.to(device_of(case.world)), steps, 1, None, lr=lr))
     assert want[-1] < 0.8 * want[0], "the model learns"
     backend, timeout = backend_of(case.world), 60 + 3 * steps
     for losses in run_ranks(
-        case.world, sharded_curve, case, folder, steps, timeout=timeout, backend=backend
+        case.world, sharded_curve, case, folder, steps, lr, timeout=timeout, backend=backend
     ):
         error = ((torch.tensor(losses) - want).abs() / want).max()
+        print(f"loss {want[0]:.3f} -> {want[-1]:.3f}, off by at most {error:.1e}")
         assert error < 1e-5, f"{error}"
 
 
 def test_thirty_steps(root):
-    check_curve(root, Case(), 30)
+    check_curve(root, Case(), 30, 2e-3)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("case", [Case(), Case(layout="ep4", exchange="rows")], ids=str)
 def test_three_hundred_steps(root, case):
-    check_curve(root, case, 300)
+    # A step size at which one process does not drift from itself: with initial weights a rounding
+    # off, up to 5.6e-7 (three seeds, eager, CPU). At 2e-3 it is up to 1.1e-4.
+    check_curve(root, case, 300, 5e-4)
 
 
 # --- in bf16 ---------------------------------------------------------------------------------
