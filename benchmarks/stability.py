@@ -194,9 +194,11 @@ def _check_cost(model, check: FiniteCheck, device: torch.device, step_s: float) 
 
 
 def _difference(rows: list[dict], steps: slice) -> float:
-    """Of the two runs' mean losses over some steps, relative; NaN where a run ended before."""
-    ours, master = ([*row.get("loss", [])][steps] for row in rows)
-    if len(ours) != len(master) or not ours:
+    """Of the two runs' mean losses over some of the steps that both have, relative; NaN of none."""
+    runs = [row.get("loss", []) for row in rows]
+    both = min(map(len, runs))
+    ours, master = (losses[:both][steps] for losses in runs)
+    if not ours:
         return float("nan")
     return abs(statistics.mean(ours) - statistics.mean(master)) / statistics.mean(master)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks import (
     peers,
     plots,
     report,
+    stability,
     timing,
 )
 from benchmarks.problems import EDGE, TRAINING, Problem, make_inputs
@@ -493,3 +495,10 @@ def test_tables_in_the_documentation_are_the_committed_results(path):
     text = path.read_text()
     assert report.rewritten(text) == text, "run: python -m benchmarks.report"
     assert len(report.REGION.findall(text)) == text.count("<!-- table: "), "a table is not closed"
+
+
+def test_runs_of_unequal_length_are_compared_over_the_steps_that_both_have():
+    rows = [{"loss": [4.0, 2.0, 1.0]}, {"loss": [2.0, 1.0]}]
+    assert stability._difference(rows, slice(-1, None)) == 1.0
+    assert stability._difference(rows, slice(1)) == 1.0
+    assert math.isnan(stability._difference([{"loss": [1.0]}, {}], slice(1)))
