@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 
 from .cells import Result, Row, figure, key, label, markdown, ms, number, percent, shape, status
 from .floors import DENSE
+from .peers import OURS
 
 START = 20  # steps over which runs that train are compared, at their start and at their end
 
@@ -70,9 +72,13 @@ def _decode(result: Result) -> str:
 
 
 def _kernels(result: Result) -> str:
-    lines = []
+    """Ours launch by launch; of the others, the launches of a phase as one line."""
+    lines, others = [], defaultdict(list)
     for row in result["rows"]:
         if status(row):
+            continue
+        if row["implementation"] != OURS:
+            others[row["implementation"], row["T"], row["phase"]].append(row)
             continue
         lines.append(
             [
@@ -85,6 +91,11 @@ def _kernels(result: Result) -> str:
             + [figure(row, "tflops"), figure(row, "gbs")]
             + [f"{row['of_floor']:.0%}" if row.get("of_floor") else "-"]
         )
+    for (name, tokens, phase), rows in others.items():
+        total = sum(row["time"]["median_ms"] for row in rows)
+        share = sum(row["share"] for row in rows)
+        line = [label(name, result), str(tokens), phase, f"{len(rows)} launches", "-"]
+        lines.append([*line, number(total * 1e3), f"{share:.1%}", "-", "-", "-"])
     header = [
         "",
         "T",
