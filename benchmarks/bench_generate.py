@@ -28,9 +28,9 @@ import hf_moe_ep  # noqa: F401 - registers fastmoe
 from . import gate, report
 from .bench_sequence import QWEN3_30B_A3B, TINY
 from .environment import command, describe, device_slug
+from .peers import BASELINE, OURS
 from .timing import synchronize
 
-OURS, BASELINE = "fastmoe", "grouped_mm"
 # The same function by another name, which generate() leaves in place.
 KEPT = "grouped_mm_in_decode"
 ALL_EXPERTS_FUNCTIONS.register(KEPT, grouped_mm_experts_forward)

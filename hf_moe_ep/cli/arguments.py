@@ -30,7 +30,7 @@ class SFTArguments(SFTConfig):
         default=None,
         metadata={
             "help": "What sdpa attention tries first, where it can serve the call: "
-            f"{', '.join(SDPA_BACKENDS)}; default: torch's order. cudnn is the fastest on Hopper."
+            f"{', '.join(SDPA_BACKENDS)}; default: torch's order."
         },
     )
 

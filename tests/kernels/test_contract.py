@@ -16,7 +16,7 @@ import fastmoe
 from benchmarks.problems import EDGE, make_inputs
 from fastmoe import autograd, ops, tuning
 from fastmoe.backends.launch import launch
-from tests.kernels.common import DEVICE, error, run
+from tests.kernels.common import DEVICE, DTYPES, error, run
 
 SMALL = EDGE[0]
 
@@ -131,12 +131,12 @@ def test_gradient_checkpointing(reentrant):
         assert torch.equal(got[key], value), key
 
 
-def test_retained_graph_gives_the_same_gradients_twice():
-    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+@pytest.mark.parametrize(("dtype", "recompute"), [(torch.float32, False), (DTYPES[0], True)])
+def test_retained_graph_gives_the_same_gradients_twice(dtype, recompute):
+    inputs = make_inputs(SMALL, dtype, DEVICE)
     leaves = [v.requires_grad_() for v in inputs.leaves().values()]
-    out = fastmoe.fused_experts(
-        inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down
-    )
+    args = (inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
+    out = fastmoe.fused_experts(*args, recompute=recompute)
     first = torch.autograd.grad(out, leaves, inputs.grad, retain_graph=True)
     second = torch.autograd.grad(out, leaves, inputs.grad)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

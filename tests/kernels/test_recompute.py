@@ -93,16 +93,6 @@ def test_frozen_weights_give_the_same_bits():
     assert torch.equal(*grads)
 
 
-def test_retained_graph_gives_the_same_gradients_twice():
-    inputs = make_inputs(SMALL, DTYPES[0], DEVICE)
-    leaves = [v.requires_grad_() for v in inputs.leaves().values()]
-    args = (inputs.x, inputs.top_k_index, inputs.top_k_weights, inputs.up, inputs.down)
-    out = fastmoe.fused_experts(*args, recompute=True)
-    first = torch.autograd.grad(out, leaves, inputs.grad, retain_graph=True)
-    second = torch.autograd.grad(out, leaves, inputs.grad)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize("written", [False, True], ids=["fused", "as_written"])
 def test_compiles_without_graph_breaks(written):
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
