@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .saved_output import exchange_output
+
 PREFIX = "ulysses_"
 STATE = "ulysses_sequence"  # attribute of the attention modules: the Sequence they attend over
 
@@ -95,8 +97,13 @@ def ulysses_attention_forward(
     if kwargs.get("s_aux") is not None:
         kwargs["s_aux"] = kwargs["s_aux"].chunk(n)[rank]
     view = _View(module, **own)
-    output, _ = _backend(module, backend)(view, query, key, value, attention_mask, **kwargs)
-    return heads_to_tokens(output, group), None
+    attend = _backend(module, backend)
+    output = exchange_output(
+        lambda: attend(view, query, key, value, attention_mask, **kwargs)[0],
+        partial(heads_to_tokens, group=group),
+        partial(output_to_heads, group=group),
+    )
+    return output, None
 
 
 def _backend(module: nn.Module, backend: str):
@@ -138,6 +145,13 @@ def heads_to_tokens(output: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = output.unflatten(1, (n, -1)).transpose(0, 1)  # (N, B, s, heads / N, d)
     received = AllToAll.apply(parts, group)
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def output_to_heads(output: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, s, heads, d) to (B, S, heads / N, d), contiguous: the inverse of `heads_to_tokens`."""
+    n = dist.get_world_size(group)
+    parts = output.unflatten(2, (n, -1)).permute(2, 0, 1, 3, 4)  # (N, B, s, heads / N, d)
+    return AllToAll.apply(parts, group).transpose(0, 1).flatten(1, 2).contiguous()
 
 
 class AllToAll(torch.autograd.Function):

@@ -6,6 +6,7 @@ held against one process with all rows.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -317,3 +318,58 @@ def test_lora(tmp_path):
     got, want = run_ranks(2, lora_gradients, tmp_path, 2)[0], lora_gradients(tmp_path, 1)
     assert len(want) == 9 and got.keys() == want.keys()
     assert worst_error(got, want)[1] < BOUND
+
+
+def kept_outputs(root) -> dict:
+    """Bytes of a backend's outputs that still exist before backward, with and without our hooks."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    outputs = []
+
+    def watched(*args, **kwargs):
+        output, weights = sdpa(*args, **kwargs)
+        outputs.append(StorageWeakRef(output.untyped_storage()))
+        return output, weights
+
+    sdpa = AttentionInterface()["sdpa"]
+    AttentionInterface.register("watched", watched)
+    model = AutoModelForCausalLM.from_pretrained(root, attn_implementation="watched")
+    enable_sequence_parallel(model, 2)
+    found = {}
+    for way in ("ours", "offloading"):
+        outputs.clear()
+        model.zero_grad()
+        others = torch.autograd.graph.save_on_cpu() if way == "offloading" else nullcontext()
+        with others:
+            loss = model(**batch(2, 13), use_cache=False).loss
+        alive = sum(not output.expired() for output in outputs)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[way] = {"layers": len(outputs), "alive": alive, "gradient": gradient}
+    return found
+
+
+def test_the_output_is_kept_once(tmp_path):
+    make_model(Case(())).save_pretrained(tmp_path)
+    for found in run_ranks(2, kept_outputs, tmp_path):
+        ours, offloading = found["ours"], found["offloading"]
+        assert ours["layers"] == offloading["layers"] > 0
+        assert ours["alive"] == 0 and offloading["alive"] == offloading["layers"]
+        assert torch.equal(ours["gradient"], offloading["gradient"])
+
+
+def changed_in_place(root) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root, attn_implementation="sdpa")
+    enable_sequence_parallel(model, 2)
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeAttention":
+            module.o_proj.requires_grad_(False)  # it keeps nothing, so nothing else notices
+            module.o_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+    loss = model(**batch(2, 13), use_cache=False).loss
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_an_output_changed_in_place_is_refused(tmp_path):
+    make_model(Case(())).save_pretrained(tmp_path)
+    run_ranks(2, changed_in_place, tmp_path)
