@@ -101,6 +101,7 @@ def check(seed: int, device: str, experts=None) -> Finding:
     truth = _run(kernel.reference_experts, p, inputs, gate.wide(dtype))
     truth = {n: t for n, t in truth.items() if t.numel()}  # of no tokens there is nothing to hold
     plain = gate.errors(_run(kernel.reference_experts, p, inputs), truth)
+    on_clamp = _on_clamp(p, inputs, truth, dtype)
     experts = experts or kernel.fused_experts
     with gate.poisoned_memory():
         got, again = (_run(experts, p, inputs) for _ in range(2))
@@ -117,7 +118,9 @@ def check(seed: int, device: str, experts=None) -> Finding:
         for name, error in gate.errors(
             found, {n: t for n, t in truth.items() if n in found}
         ).items():
-            for measure, value, bound in _bounds(error, plain[name], truth[name], dtype):
+            for measure, value, bound in _bounds(
+                error, plain[name], on_clamp.get(name), truth[name], dtype
+            ):
                 share = value / bound if value == value else math.inf
                 if share > used:
                     used, where = share, f"{label}{name} {measure}"
@@ -130,25 +133,59 @@ def _described(p: Problem, dtype: torch.dtype) -> dict:
     return asdict(p) | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _bounds(error: gate.Error, plain: gate.Error, truth: torch.Tensor, dtype: torch.dtype):
+def _on_clamp(
+    p: Problem, inputs: Inputs, truth: dict[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, gate.Error]:
+    """What values within rounding of a clamped gate's limit change, by falling on either side.
+
+    There the gradient behind the gate jumps from something to nothing. From two wide references,
+    whose limits are a rounding lower and higher; {} for other gates.
+    """
+    limit = p.gate_options.get("limit")
+    if limit is None:
+        return {}
+    reference = get_kernel().reference_experts
+    low, high = (
+        _run(reference, p, inputs, gate.wide(dtype), limit=limit * (1 + s * _rounding(dtype)))
+        for s in (-1, 1)
+    )
+    jumping = {n: t for n, t in truth.items() if n in ("x", "up", "up_bias")}
+    return gate.errors({n: t + high[n] - low[n] for n, t in jumping.items()}, jumping)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Of a sum of H products, relative: fp32 sums are rounded at each of them."""
+    return torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+
+
+def _bounds(
+    error: gate.Error,
+    plain: gate.Error,
+    on_clamp: gate.Error | None,
+    truth: torch.Tensor,
+    dtype: torch.dtype,
+):
     """(measure, value, what is allowed) of one tensor, by plain PyTorch's error in its dtype.
 
-    Twice overall and four times in the worst row, as in gate.py, plus rounding. That of few numbers
-    is luck on either side, so they are given four times as much.
+    Twice overall and four times in the worst row, as in gate.py, plus rounding and what `_on_clamp`
+    says. That of few numbers is luck on either side, so they are given four times as much.
     """
-    eps = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+    eps = _rounding(dtype)
     few = int(truth.count_nonzero()) < FEW
-    yield "norm", error.norm, 2 * plain.norm + (eps if few else eps / 4)
-    yield "worst", error.worst, 4 * plain.worst + eps
+    norm, worst = (on_clamp.norm, on_clamp.worst) if on_clamp else (0.0, 0.0)
+    yield "norm", error.norm, 2 * plain.norm + norm + (eps if few else eps / 4)
+    yield "worst", error.worst, 4 * plain.worst + worst + eps
 
 
 def _call(
-    function, p: Problem, leaves: dict[str, torch.Tensor], inputs: Inputs, **options
+    function, p: Problem, leaves: dict[str, torch.Tensor], inputs: Inputs, limit=None, **options
 ) -> torch.Tensor:
+    """`limit` replaces the gate's."""
+    gate_options = p.gate_options | ({} if limit is None else {"limit": limit})
     return function(
         leaves["x"], inputs.top_k_index, leaves["top_k_weights"], leaves["up"], leaves["down"],
         up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"),
-        is_transposed=p.transposed, gate=get_kernel().Gate(**p.gate_options), **options,
+        is_transposed=p.transposed, gate=get_kernel().Gate(**gate_options), **options,
     )  # fmt: skip
 
 

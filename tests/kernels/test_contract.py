@@ -6,6 +6,7 @@ Memory, frozen parts, tracing, checkpointing, and clear refusals.
 import functools
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastmoe
 from benchmarks.problems import EDGE, make_inputs
 from fastmoe import autograd, ops, tuning
+from fastmoe.backends import launch as launching
 from fastmoe.backends.launch import launch
 from tests.kernels.common import DEVICE, DTYPES, error, run
 
@@ -341,14 +343,27 @@ class Kernel:
 
 
 class Compiled:
+    function = packed_metadata = None
+
     def __init__(self, log):
         self.log = log
 
-    def __getitem__(self, grid):
-        return lambda *args: self.log.append(("launched", grid, args))
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        self.log.append(("launched", (x, y), args))
 
 
-def test_a_known_kind_is_launched_directly_unless_an_address_is_odd():
+@pytest.fixture
+def hooks(monkeypatch):
+    """Triton's driver and its hooks on launches, which a CPU has none of."""
+    hooks = SimpleNamespace(
+        launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[])
+    )
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0))
+    monkeypatch.setattr(launching, "_triton", lambda: (driver, hooks))
+    return hooks
+
+
+def test_a_known_kind_is_launched_directly_unless_an_address_is_odd(hooks):
     kernel, t = Kernel(), torch.zeros(64)
     grid, odd = (2, 3), t[1:]
     assert t.data_ptr() % 16 == 0
@@ -362,9 +377,55 @@ def test_a_known_kind_is_launched_directly_unless_an_address_is_odd():
         launch(kernel, grid, tensors, numbers, constants, num_warps=4)
     assert [how for how, *_ in kernel.log] == [how for *_, how in calls]
     assert all(where[:2] == grid for _, where, _ in kernel.log)
-    given = [(*tensors, *numbers, *constants) for tensors, numbers, constants, _ in calls]
-    assert all(a is b for (*_, args), want in zip(kernel.log, given, strict=True)
-               for a, b in zip(args, want, strict=True))  # fmt: skip
+    for (how, _, args), (tensors, numbers, constants, _) in zip(kernel.log, calls, strict=True):
+        addresses = (None if a is None else a.data_ptr() for a in tensors)
+        given = tuple(addresses) if how == "launched" else tensors
+        wanted = (*given, *numbers, *constants)
+        assert all(a is b or a == b for a, b in zip(args, wanted, strict=True))
+
+
+def test_a_profiler_of_triton_sees_every_launch(hooks):
+    kernel, t = Kernel(), torch.zeros(64)
+    for calls in ([], [print], []):
+        hooks.launch_enter_hook.calls = calls
+        launch(kernel, (1,), (t,), (), (), num_warps=4)
+    assert [how for how, *_ in kernel.log] == ["looked at", "looked at", "launched"]
+
+
+def test_tiles_are_described_anew_for_another_address_or_shape(hooks):
+    """And what is kept for the next launch keeps no memory alive."""
+    kernel, memory = Kernel(), torch.arange(4096.0)
+    assert memory.data_ptr() % 16 == 0
+    shapes = {(64, 64): memory, (32, 128): memory, (32, 64): memory[2048:]}
+    for shape, array in [*shapes.items(), *shapes.items()]:
+        tiles = launching.Tiles(array, shape, (16, 32))
+        launch(kernel, (1,), (tiles,), (), (), num_warps=4)
+    # The block is what Triton compiles for, not the shape.
+    assert [how for how, *_ in kernel.log] == ["looked at"] + ["launched"] * 5
+    for (how, _, (described,)), (shape, array) in zip(
+        kernel.log, [*shapes.items(), *shapes.items()], strict=True
+    ):
+        assert tuple(described.shape) == shape and described.strides == [shape[1], 1]
+        assert described.block_shape == [16, 32]
+        assert described.base.data_ptr() == array.data_ptr()
+        assert isinstance(described.base, torch.Tensor) == (how == "looked at")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors_is_the_one_that_runs():
+    """As under device_map="auto": the current device is another."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        inputs = make_inputs(SMALL, torch.bfloat16, "cpu")
+        leaves = [t.to(device).requires_grad_() for t in (inputs.x, inputs.up, inputs.down)]
+        ids, weights = inputs.top_k_index.to(device), inputs.top_k_weights.to(device)
+        for _ in range(2):  # compiled, then known
+            with torch.cuda.device(0):
+                out = fastmoe.fused_experts(leaves[0], ids, weights, *leaves[1:])
+                grads = torch.autograd.grad(out, leaves, inputs.grad.to(device))
+            results.append([t.cpu() for t in (out.detach(), *grads)])
+    assert all(a.equal(b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
 
 
 @pytest.mark.gpu

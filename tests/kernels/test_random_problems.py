@@ -3,6 +3,7 @@
 On a CPU a few of them; a thousand belong to a GPU.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import fastmoe
 from benchmarks import random_problems
+from benchmarks.problems import make_inputs
 from benchmarks.random_problems import POOL, check, draw
 from fastmoe import tuning
 from tests.kernels.common import DEVICE
@@ -57,6 +59,34 @@ def test_a_fault_is_found(spoiled):
     seed = next(s for s in range(0, 1000, len(POOL)) if draw(s, DEVICE)[0].T > 8)
     objections = check(seed, DEVICE, experts=spoiled).objections
     assert any(line.startswith(WRONG[spoiled]) for line in objections), objections
+
+
+CLAMPED = next(i for i, (_, p) in enumerate(POOL) if p.gate == "clamped")
+
+
+def clamped_elsewhere(x, ids, weights, up, down, gate, **kwargs):
+    """Nearer than rounding to the limit, and far from it: allowed, and not."""
+    limit = gate.limit * (1 + clamped_elsewhere.by)
+    return fastmoe.fused_experts(
+        x, ids, weights, up, down, gate=dataclasses.replace(gate, limit=limit), **kwargs
+    )
+
+
+@pytest.mark.parametrize(("by", "found"), [(1e-9, False), (0.05, True)])
+def test_a_value_on_the_clamp_may_fall_on_either_side(by, found):
+    clamped_elsewhere.by = by
+    seed = next(s for s in range(CLAMPED, 1000, len(POOL)) if draw(s, DEVICE)[0].T > 8)
+    assert bool(check(seed, DEVICE, experts=clamped_elsewhere).objections) == found
+
+
+def test_values_on_the_clamp_change_gradients_alone():
+    problem = dataclasses.replace(POOL[CLAMPED][1], T=64, E=8)
+    inputs = make_inputs(problem, torch.float32, "cpu", 0)
+    truth = random_problems._run(fastmoe.reference_experts, problem, inputs, torch.float64)
+    changes = random_problems._on_clamp(problem, inputs, truth, torch.bfloat16)
+    assert changes.keys() == {"x", "up", "up_bias"}
+    assert all(0 < e.norm < 0.2 and e.norm < e.worst for e in changes.values())
+    assert not random_problems._on_clamp(POOL[0][1], inputs, truth, torch.bfloat16)
 
 
 def test_failing_problems_are_in_the_result_and_the_status(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ y (S, H). `Layer` carries the routing and the layout of the weights past autogra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from .combine import combine, down_bias_dots
 from .routing import Routing
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """The parts of one call that are not differentiated."""
 
     routing: list[Tensor]  # Routing.tensors()

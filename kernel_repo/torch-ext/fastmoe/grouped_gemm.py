@@ -11,8 +11,8 @@ import torch
 
 from . import hopper, tuning
 from .backends import torch_ops
-from .backends.launch import launch
-from .device import backend_name, bind_context, has_tma, matmul_precision, num_programs
+from .backends.launch import Tiles, launch
+from .device import backend_name, has_tma, matmul_precision, num_programs
 from .gates import Gate
 from .routing import Routing
 
@@ -78,11 +78,11 @@ def grouped_linear(
     c = tuning.gemm_config("linear", rows.device, rows.dtype, r.block_m)
     operand, tma = _weight_operand(w, transposed, c.block_n, c.block_k)
     x_tma = not gather and _tma_serves(rows)
-    x_desc = _descriptor(rows, c.block_m, c.block_k) if x_tma else None
+    tiles = Tiles(rows, tuple(rows.shape), (c.block_m, c.block_k)) if x_tma else None
     n_tiles = -(-width // c.block_n)
     launch(
         grouped_linear_kernel, _grid(c, rows),
-        (rows, x_desc, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles), (),
+        (rows, tiles, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles), (),
         (width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma,
          *_tiling(c, rows, n_tiles)),
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -175,7 +175,8 @@ def _launch_weight_grad(p, q, out, r: Routing, gather: bool, transpose_out: bool
     strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
     launch(
         weight_grad_kernel, _grid(c, p),
-        (_descriptor(p, c.block_k, c.block_m) if tma else p, q, out, r.perm, r.offsets), (),
+        (Tiles(p, tuple(p.shape), (c.block_k, c.block_m)) if tma else p, q, out, r.perm,
+         r.offsets), (),
         (p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, add, tma,
          matmul_precision(p.dtype), c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten),
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -248,15 +249,8 @@ def _tma_serves(matrix: torch.Tensor) -> bool:
     return aligned and has_tma(matrix.device) and matrix.numel() > 0
 
 
-def _descriptor(array: torch.Tensor, *block: int):
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    bind_context(array.device)
-    return TensorDescriptor(array, list(array.shape), list(array.stride()), list(block))
-
-
 def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
-    """(operand, whether it is a descriptor) for a contiguous weight, its experts as one matrix.
+    """(operand, whether by bulk copies) for a contiguous weight, its experts as one matrix.
 
     Transposed, a tile that reached past K would read the next expert's rows: then the kernel masks
     instead.
@@ -264,7 +258,7 @@ def _weight_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: in
     if not _tma_serves(w) or (transposed and w.shape[1] % block_k):
         return w, False
     block = (block_k, block_n) if transposed else (block_n, block_k)
-    return _descriptor(w.view(-1, w.shape[2]), *block), True
+    return Tiles(w, (w.shape[0] * w.shape[1], w.shape[2]), block), True
 
 
 def _gate_up_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: int):
@@ -278,5 +272,5 @@ def _gate_up_operand(w: torch.Tensor, transposed: bool, block_n: int, block_k: i
     ):
         return w, False
     if transposed:
-        return _descriptor(w.view(experts * w.shape[1], 2, inner), block_k, 2, block_n), True
-    return _descriptor(w.view(2 * experts, inner, w.shape[2]), 2, block_n, block_k), True
+        return Tiles(w, (experts * w.shape[1], 2, inner), (block_k, 2, block_n)), True
+    return Tiles(w, (2 * experts, inner, w.shape[2]), (2, block_n, block_k)), True

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from .backends.launch import launch
-from .device import bind_context, num_programs
+from .backends.launch import Tiles, launch
+from .device import num_programs
 from .gates import Gate
 from .routing import Routing
 
@@ -78,7 +78,7 @@ def gate_backward(
     programs = num_programs(grad.device)
     launch(
         gate_backward_kernel, (programs,),
-        (grad, _descriptor(down.view(-1, down.shape[2]), block), weights, h, grad_h, a, dots,
+        (grad, _tiles(down, block), weights, h, grad_h, a, dots,
          r.perm, r.offsets, r.tiles, r.num_tiles), (rows,),
         (r.num_experts, inner, grad.shape[1], r.top_k, not transposed, keep_a,
          gate.activation, gate.alpha, gate.limit, gate.up_offset,
@@ -117,21 +117,18 @@ def weight_grad(
     out_block = (columns, half) if transpose_out else (half, columns)
     launch(
         weight_grad_kernel, (programs,),
-        (_descriptor(p, (_BLOCK_K, _BLOCK_M)), q,
-         _descriptor(out.view(-1, out.shape[2]), out_block), r.perm, r.offsets), (),
+        (_tiles(p, (_BLOCK_K, _BLOCK_M)), q, _tiles(out, out_block), r.perm, r.offsets), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
          _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, programs),
         num_warps=4,
     )  # fmt: skip
 
 
-def _descriptor(matrix: torch.Tensor, block: tuple[int, int]):
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    bind_context(matrix.device)
-    shape, stride = list(matrix.shape), list(matrix.stride())
-    layout = _tile_layout(8 * matrix.element_size())
-    return TensorDescriptor(matrix, shape, stride, list(block), layout)
+def _tiles(array: torch.Tensor, block: tuple[int, int]) -> Tiles:
+    """Of an array seen as one matrix, its rows those of the last dimension."""
+    width = array.shape[-1]
+    layout = _tile_layout(8 * array.element_size())
+    return Tiles(array, (array.numel() // width, width), block, layout)
 
 
 @lru_cache

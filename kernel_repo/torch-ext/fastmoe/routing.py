@@ -8,15 +8,14 @@ by expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from .backends import torch_ops
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """The expert-sorted order of the slots, int32 throughout, on the device of the ids.
 
     Example: ids [[1, 0], [1, 2]] with E = 3 (slots 0..3 hold experts 1 0 1 2) sort to slots
@@ -43,10 +42,10 @@ class Routing:
 
         Buffers by row then hold what is in use; fewer rows than that would be memory corruption.
         """
-        return replace(self, perm=self.perm[:num_rows])
+        return self._replace(perm=self.perm[:num_rows])
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.perm, self.inv_perm, self.offsets, self.tiles, self.num_tiles]
+        return list(self[:5])
 
 
 def route(top_k_index: torch.Tensor, num_experts: int, block_m: int = 0) -> Routing:
@@ -54,7 +53,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int = 0) -> Rout
 
     There is no host sync. Ids outside [0, num_experts) are sentinels: they get no row.
     `block_m` > 0 also builds the tile map that the Triton kernels walk. A counting sort on GPUs
-    (three launches), `torch.sort` elsewhere.
+    (two launches, one for few slots), `torch.sort` elsewhere.
     """
     ids = top_k_index.reshape(-1)
     if block_m and ids.numel():

@@ -6,39 +6,109 @@ parallelism, would wait for that.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
 import torch
 
+from ..device import bind_context
+
 _ALIGNMENT = 16  # bytes; Triton compiles for addresses that are multiples of it, and for others
-_compiled: dict[tuple, object] = {}  # kind of call -> its compiled kernel
+_compiled: dict[tuple, Any] = {}  # kind of call -> its compiled kernel
+
+
+class Tiles(NamedTuple):
+    """A contiguous array that a kernel reads or writes by bulk copies (TMA), a block at a time."""
+
+    array: torch.Tensor
+    shape: tuple[int, ...]  # the kernel's view of the array's memory. (262144, 2048)
+    block: tuple[int, ...]  # (128, 64)
+    layout: Any = None  # a Gluon kernel's layout of the block in shared memory
 
 
 def launch(
-    kernel, grid: tuple[int, ...], tensors: tuple, numbers: tuple, constants: tuple, **options: int
+    kernel,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor | Tiles | None, ...],
+    numbers: tuple[int, ...],
+    constants: tuple,
+    **options: int,
 ) -> None:
-    """`kernel[grid](*tensors, *numbers, *constants, **options)`.
+    """`kernel[grid](*tensors, *numbers, *constants, **options)`, on the device of the first tensor.
 
-    tensors: tensors, host descriptors (TensorDescriptor) or None. numbers: integers that the kernel
-    is declared not to specialise on. constants: all else, hashable. What Triton compiles
-    differently for is the key of the kind: types, constants, options, device, and numbers beyond 32
-    bits; addresses that are not aligned go the usual way.
+    numbers: integers that the kernel is declared not to specialise on. constants: all else,
+    hashable. What Triton compiles differently for is the key of the kind: types, constants,
+    options, device, and numbers beyond 32 bits; addresses that are not aligned go the usual way,
+    and so does every launch that a profiler of Triton's wants to see.
     """
-    addresses, device, types = 0, None, []
+    device = tensors[0].array.device if type(tensors[0]) is Tiles else tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, numbers, constants, **options)
+        return
+    args, types, addresses = [], [], 0
     for t in tensors:
         if t is None:
+            args.append(None)
             types.append(None)
-        elif isinstance(t, torch.Tensor):
-            addresses |= t.data_ptr()
-            device = t.device
-            types.append(t.dtype)
+        elif type(t) is Tiles:
+            bind_context(device)
+            args.append(_by_address(t.array.data_ptr(), t.array.dtype, *t[1:]))
+            types.append((t.array.dtype, t.block))
         else:
-            addresses |= t.base.data_ptr()
-            types.append((t.base.dtype, *t.block_shape))
-    wide = (n >= 1 << 31 for n in numbers)
-    key = (kernel.fn, device, *types, *wide, *constants, *options.values())
+            args.append(address := t.data_ptr())
+            types.append(t.dtype)
+            addresses |= address
+    wide = [n >= 1 << 31 for n in numbers]
+    key = (kernel.fn, device, *types, *wide, constants, *options.values())
     found = _compiled.get(key) if addresses % _ALIGNMENT == 0 else None
     if found is not None:
-        found[(*grid, 1, 1)](*tensors, *numbers, *constants)
-        return
-    done = kernel[grid](*tensors, *numbers, *constants, **options)
+        driver, hooks = _triton()
+        if not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
+            stream = driver.active.get_current_stream(device.index)
+            x, y, z, *_ = *grid, 1, 1
+            found.run(
+                x, y, z, stream, found.function, found.packed_metadata, None, None, None,
+                *args, *numbers, *constants,
+            )  # fmt: skip
+            return
+    described = [_descriptor(*t) if type(t) is Tiles else t for t in tensors]
+    done = kernel[grid](*described, *numbers, *constants, **options)
     if done is not None and addresses % _ALIGNMENT == 0:  # None under the interpreter
         _compiled[key] = done
+
+
+class _Address(NamedTuple):
+    """Stands in for an array in a descriptor that is kept, which must not keep memory alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(4096)
+def _by_address(address: int, dtype: torch.dtype, shape: tuple, block: tuple, layout: Any):
+    return _descriptor(_Address(address, dtype), shape, block, layout)
+
+
+def _descriptor(array, shape: tuple[int, ...], block: tuple[int, ...], layout: Any):
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    if layout is None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(array, list(shape), strides, list(block))
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(array, list(shape), strides, list(block), layout)
+
+
+@lru_cache
+def _triton():
+    """Triton's driver and its settings of launches."""
+    from triton.knobs import runtime
+    from triton.runtime import driver
+
+    return driver, runtime

@@ -1,9 +1,11 @@
-"""A counting sort of the slots by expert in three launches, without atomics whose order could show:
-count each chunk's slots per expert, add the counts up along the chunks, place the slots.
+"""A counting sort of the slots by expert in two launches, without atomics whose order could show:
+count each chunk's slots per expert, then place them. One launch where there is one chunk.
 
-Shapes: ids (S,) by slot; counts (chunks + 1, BLOCK_E) slots of each chunk per expert, then those of
-all chunks before it, then, in the last row, all; column E counts the sentinels.
+Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, those of
+sentinels in column E.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -11,9 +13,10 @@ import triton.language as tl
 
 from ..launch import launch
 
-_CHUNK = 256  # slots of one program
+_CHUNK = 1024  # slots of one program
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
-_SCAN_ROWS, _SCAN_COLUMNS = 128, 16  # the block of counts that one program adds up at a time
+_MIN_BLOCK_E = 16
+_ROWS = 16  # chunks whose counts a program adds up at once
 
 
 @triton.jit
@@ -30,41 +33,39 @@ def count_kernel(ids_ptr, counts_ptr, S, NUM_EXPERTS, CHUNK: tl.constexpr, BLOCK
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.histogram(experts, BLOCK_E))
 
 
-@triton.jit(do_not_specialize=["num_chunks"])
-def scan_kernel(
-    counts_ptr, num_chunks, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """In place, per expert: the counts of the chunks before each chunk, and their total."""
-    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), tl.int32)
-    for c0 in range(0, num_chunks, ROWS):
-        c = c0 + tl.arange(0, ROWS)
-        at = counts_ptr + c[:, None] * BLOCK_E + e[None, :]
-        counts = tl.load(at, mask=(c < num_chunks)[:, None], other=0)
-        tl.store(at, tl.cumsum(counts, 0) - counts + total[None, :], mask=(c < num_chunks)[:, None])
-        total += tl.sum(counts, 0)
-    tl.store(counts_ptr + num_chunks * BLOCK_E + e, total)
-
-
 @triton.jit(do_not_specialize=["S", "num_chunks", "MAX_TILES"])
 def place_kernel(
     ids_ptr, counts_ptr, perm_ptr, inv_perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    S, num_chunks, MAX_TILES, NUM_EXPERTS,
+    S, num_chunks, MAX_TILES, NUM_EXPERTS, COUNTED: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk's slots to their rows, in order, and its share of the tile map."""
+    """Every chunk's slots to their rows, in order, and its share of the tile map.
+
+    Without counts, not `COUNTED`, one program places all slots.
+    """
     chunk = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
-    before = tl.load(counts_ptr + chunk * BLOCK_E + e)
-    total = tl.load(counts_ptr + num_chunks * BLOCK_E + e)
+    before = tl.zeros((BLOCK_E,), tl.int32)  # slots of the chunks before this one, per expert
+    total = tl.zeros((BLOCK_E,), tl.int32)
+    if COUNTED:
+        for c0 in range(0, num_chunks, ROWS):
+            c = c0 + tl.arange(0, ROWS)
+            at = counts_ptr + c[:, None] * BLOCK_E + e[None, :]
+            counts = tl.load(at, mask=(c < num_chunks)[:, None], other=0)
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), 0)
+    else:
+        every_slot = _load_experts(ids_ptr, tl.arange(0, CHUNK), S, NUM_EXPERTS)
+        total += tl.histogram(every_slot, BLOCK_E)
     total = tl.where(e < NUM_EXPERTS, total, 0)
     offsets = tl.cumsum(total, 0) - total
     if chunk == 0:
         tl.store(offsets_ptr + e, offsets, mask=e <= NUM_EXPERTS)
 
     next_row = offsets + before
-    for s0 in range(0, CHUNK, STEP):
-        slots = chunk * CHUNK + s0 + tl.arange(0, STEP)
+    first = chunk * CHUNK
+    for s0 in range(first, tl.minimum(first + CHUNK, S), STEP):
+        slots = s0 + tl.arange(0, STEP)
         experts = _load_experts(ids_ptr, slots, S, NUM_EXPERTS)
         i = tl.arange(0, STEP)
         earlier = (experts[:, None] == experts[None, :]) & (i[None, :] < i[:, None])
@@ -91,19 +92,19 @@ def place_kernel(
 def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: int):
     """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
     num_slots = ids.numel()
-    num_chunks = triton.cdiv(num_slots, _CHUNK)
-    block_e = max(_SCAN_COLUMNS, triton.next_power_of_2(num_experts + 1))
-    empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
-    counts, perm, inv_perm = empty(num_chunks + 1, block_e), empty(num_slots), empty(num_slots)
-    offsets, tiles, num_tiles = empty(num_experts + 1), empty(max_tiles, 2), empty(1)
-    chunks = (num_chunks,)
-    launch(count_kernel, chunks, (ids, counts), (num_slots,), (num_experts, _CHUNK, block_e))
+    num_chunks = -(-num_slots // _CHUNK)
+    block_e = max(_MIN_BLOCK_E, 1 << num_experts.bit_length())  # a column for sentinels
+    empty = partial(torch.empty, dtype=torch.int32, device=ids.device)
+    perm, inv_perm, offsets = empty(num_slots), empty(num_slots), empty(num_experts + 1)
+    tiles, num_tiles = empty(max_tiles, 2), empty(1)
+    counts = None
+    if num_chunks > 1:
+        counts = empty(num_chunks, block_e)
+        kind = (num_experts, _CHUNK, block_e)
+        launch(count_kernel, (num_chunks,), (ids, counts), (num_slots,), kind)
     launch(
-        scan_kernel, (block_e // _SCAN_COLUMNS,), (counts,), chunks,
-        (block_e, _SCAN_ROWS, _SCAN_COLUMNS),
-    )  # fmt: skip
-    launch(
-        place_kernel, chunks, (ids, counts, perm, inv_perm, offsets, tiles, num_tiles),
-        (num_slots, num_chunks, max_tiles), (num_experts, _CHUNK, block_e, block_m, _STEP),
+        place_kernel, (num_chunks,), (ids, counts, perm, inv_perm, offsets, tiles, num_tiles),
+        (num_slots, num_chunks, max_tiles),
+        (num_experts, counts is not None, _ROWS, _CHUNK, block_e, block_m, _STEP),
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles
