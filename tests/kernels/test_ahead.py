@@ -15,6 +15,7 @@ from benchmarks.problems import Problem, make_inputs
 from fastmoe import ahead, ops
 from fastmoe import combine as combine_file
 from fastmoe import grouped_gemm as gemm_file
+from fastmoe.device import INTERPRETING
 from tests.kernels.common import DEVICE, DTYPES, run
 
 PLAIN = Problem("plain", 30, 32, 48, 5, 2)
@@ -22,6 +23,7 @@ SIXTEENS = Problem("sixteens", 40, 64, 32, 48, 4, sentinels=0.3)
 GPT_OSS = replace(
     PLAIN, name="gpt_oss", gate="clamped", bias=True, transposed=True, interleaved=True
 )
+ROUTINGS = 1  # calls beyond the step's own: routing has a form for few slots and one for many
 HOST = {
     gemm_file: (
         "up_gate", "grouped_linear", "gate_backward", "weight_grad", "add_weight_grad", "bias_grad",
@@ -55,6 +57,8 @@ def calls(monkeypatch):
                 return function(*args)
 
             monkeypatch.setattr(file, name, recording)
+    if INTERPRETING:  # it keeps the running program's number in a global
+        monkeypatch.setattr(ops, "_THREADS", 1)
     monkeypatch.setattr(ahead, "_serves", lambda x: True)
     monkeypatch.setattr(ahead, "_compiled", set())
     return found
@@ -68,7 +72,8 @@ def test_fused_step_is_compiled_ahead(p, recompute, calls, monkeypatch):
     # The backward runs in this thread on a CPU, in autograd's on a GPU: it comes after the others.
     first = next(i for i, (main, *_) in enumerate(calls) if main)
     early, step = calls[:first], calls[first:]
-    assert {c[1:] for c in early} == {c[1:] for c in step} and len(early) == len(step)
+    assert {c[1:] for c in early} == {c[1:] for c in step}
+    assert len(early) == len(step) + ROUTINGS
 
     calls.clear()
     again = run(fastmoe.fused_experts, p, inputs, recompute=recompute)
@@ -106,7 +111,7 @@ def test_gradients_added_to_a_main_grad_are_compiled_ahead(calls):
     out.sum().backward()
     names = [name for _, name, _ in calls]
     assert names.count("add_weight_grad") == 2 and names.count("weight_grad") == 2
-    assert len({c[1:] for c in calls}) == len(calls) / 2
+    assert len({c[1:] for c in calls}) == (len(calls) - ROUTINGS) / 2
     assert down.grad is None and down.main_grad.any() and up.grad is not None
 
 
@@ -130,9 +135,10 @@ def test_a_failure_ahead_is_left_to_the_step(calls, monkeypatch):
         return real(*args)
 
     inputs, real = make_inputs(PLAIN, DTYPES[0], DEVICE), gemm_file.up_gate
-    want = run(fastmoe.reference_experts, PLAIN, inputs)["out"]
+    want = run(fastmoe.fused_experts, PLAIN, inputs)["out"]
     monkeypatch.setattr(gemm_file, "up_gate", fails)
-    torch.testing.assert_close(run(fastmoe.fused_experts, PLAIN, inputs)["out"], want)
+    ahead._compiled.clear()
+    assert torch.equal(run(fastmoe.fused_experts, PLAIN, inputs)["out"], want)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import hopper, ops
 from .autograd import FusedExperts
 from .device import backend_name
+from .routing import CHUNK
 
 _compiled: set[tuple] = set()  # kinds of steps whose kernels this process has
 
@@ -40,8 +41,10 @@ def compile_step(
         _start_triton(x.device)
 
     def step() -> None:
-        no_experts = ids.new_full((1, ids.shape[1]), up.shape[0])
-        ops.route(no_experts, up.shape[0], block_m)
+        many = ids.new_full((CHUNK + 1, ids.shape[1]), up.shape[0])
+        no_experts = many[:1]
+        for slots in (many, no_experts):  # few are routed by another kernel
+            ops.route(slots, up.shape[0], block_m)
         token = [t.new_zeros(1, t.shape[1]).requires_grad_(t.requires_grad) for t in operands[:2]]
         stacks = [
             None if w is None else w.detach()[:experts].requires_grad_(w.requires_grad)

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ...routing import CHUNK
 from ..launch import launch
 
-_CHUNK = 1024  # slots of one program
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 _MIN_BLOCK_E = 16
-_ROWS = 16  # chunks whose counts a program adds up at once
+_ROWS = 32  # chunks whose counts a program adds up at once
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def place_kernel(
 def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: int):
     """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
     num_slots = ids.numel()
-    num_chunks = -(-num_slots // _CHUNK)
+    num_chunks = -(-num_slots // CHUNK)
     block_e = max(_MIN_BLOCK_E, 1 << num_experts.bit_length())  # a column for sentinels
     empty = partial(torch.empty, dtype=torch.int32, device=ids.device)
     perm, inv_perm, offsets = empty(num_slots), empty(num_slots), empty(num_experts + 1)
@@ -100,11 +100,11 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     counts = None
     if num_chunks > 1:
         counts = empty(num_chunks, block_e)
-        kind = (num_experts, _CHUNK, block_e)
+        kind = (num_experts, CHUNK, block_e)
         launch(count_kernel, (num_chunks,), (ids, counts), (num_slots,), kind)
     launch(
         place_kernel, (num_chunks,), (ids, counts, perm, inv_perm, offsets, tiles, num_tiles),
         (num_slots, num_chunks, max_tiles),
-        (num_experts, counts is not None, _ROWS, _CHUNK, block_e, block_m, _STEP),
+        (num_experts, counts is not None, _ROWS, CHUNK, block_e, block_m, _STEP),
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles
