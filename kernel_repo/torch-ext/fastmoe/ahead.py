@@ -41,7 +41,7 @@ def compile_step(
         _start_triton(x.device)
 
     def step() -> None:
-        many = ids.new_full((CHUNK + 1, ids.shape[1]), up.shape[0])
+        many = ids.new_full((CHUNK // ids.shape[1] + 1, ids.shape[1]), up.shape[0])
         no_experts = many[:1]
         for slots in (many, no_experts):  # few are routed by another kernel
             ops.route(slots, up.shape[0], block_m)
