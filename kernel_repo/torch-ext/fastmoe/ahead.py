@@ -65,11 +65,18 @@ def compile_step(
 
 
 def _start_triton(device: torch.device) -> None:
-    """Triton's driver and imports, by one thread: threads that import at once may see halves."""
-    from triton.runtime import driver
+    """Triton's driver and imports, by one thread: threads that import at once may see halves.
+
+    And what all cache keys share, a digest of Triton's own files and ptxas's version: threads that
+    begin together would all compute it, a third of a second each.
+    """
+    from triton.compiler import make_backend
+    from triton.runtime import cache, driver
     from triton.tools import tensor_descriptor  # noqa: F401
 
-    driver.active.get_current_target()
+    make_backend(driver.active.get_current_target()).hash()
+    if (digest := getattr(cache, "triton_key", None)) is not None:
+        digest()
     if hopper.available(device):
         from .backends.gluon import gated, weight_grad  # noqa: F401
 
