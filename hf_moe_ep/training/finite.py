@@ -35,7 +35,7 @@ class FiniteCheck:
     Raises FloatingPointError in every `every`-th `values()`, and in `raise_if_found()`, on all
     ranks alike: they exchange two numbers there, so all ranks have to call them together. The
     message has, per rank, the step and the tensor of the first finding. Tensors that are not on the
-    device of the parameters are left out.
+    device of the parameters are left out, and states without a dimension, which count steps.
 
     Raises ValueError where `every` is not positive or the model has no trainable parameter.
     """
@@ -91,7 +91,7 @@ class FiniteCheck:
         for n, parameter in enumerate(self.parameters.values()):
             state = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
             for kind, value in state.items():
-                if torch.is_tensor(value):
+                if torch.is_tensor(value) and value.dim():  # not a count of steps
                     yield self._number(n, kind), value
             yield self._number(n, "value"), parameter
 

@@ -30,8 +30,10 @@ def first_not_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     take a norm each.
     """
     launched, others = [], []
+    example = torch.empty(0, dtype=torch.float32, device=tensors[0].device)
+    served = backend_name(example) == "triton"
     for n, tensor in enumerate(tensors):
-        (launched if _is_plain(tensor) else others).append(n)
+        (launched if served and _is_plain(tensor) else others).append(n)
     first = torch.full((), len(tensors), dtype=torch.int32, device=tensors[0].device)
     if launched:
         _launch(first, [tensors[n] for n in launched], tuple(launched))
@@ -45,9 +47,9 @@ def first_not_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return (
-        backend_name(tensor) == "triton"
+        tensor.dtype in EXPONENTS
         and tensor.is_contiguous()
-        and not (tensor.numel() * tensor.element_size() | tensor.data_ptr()) % 16
+        and not (tensor.nbytes | tensor.data_ptr()) % 16
     )
 
 
@@ -61,7 +63,7 @@ def _by_dtype(tensors: list[torch.Tensor], numbers: list[int]) -> list[list[int]
 def _launch(first: torch.Tensor, tensors: list[torch.Tensor], numbers: tuple[int, ...]) -> None:
     from .backends.triton.finite import first_not_finite_kernel
 
-    words = tuple(t.numel() * t.element_size() // 4 for t in tensors)
+    words = tuple(t.nbytes // 4 for t in tensors)
     table = [(t.data_ptr(), w, *EXPONENTS[t.dtype]) for t, w in zip(tensors, words, strict=True)]
     on_gpu = first.device.type == "cuda"
     # Pinned: from other memory the copy would wait for the device.
