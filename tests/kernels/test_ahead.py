@@ -14,9 +14,10 @@ import fastmoe
 from benchmarks.problems import Problem, make_inputs
 from fastmoe import ahead, ops
 from fastmoe import combine as combine_file
+from fastmoe import decode as decode_file
 from fastmoe import grouped_gemm as gemm_file
 from fastmoe.device import INTERPRETING
-from tests.kernels.common import DEVICE, DTYPES, run
+from tests.kernels.common import DEVICE, DTYPES, gate_of, run
 
 PLAIN = Problem("plain", 30, 32, 48, 5, 2)
 SIXTEENS = Problem("sixteens", 40, 64, 32, 48, 4, sentinels=0.3)
@@ -30,6 +31,7 @@ HOST = {
     ),
     combine_file: ("combine", "routing_weight_grad"),
     ops: ("_route",),
+    decode_file: ("decode",),
 }  # fmt: skip
 
 
@@ -80,6 +82,26 @@ def test_fused_step_is_compiled_ahead(p, recompute, calls, monkeypatch):
     assert len(calls) == len(step)  # known by now
     for name, value in got.items():
         assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("p", [PLAIN, SIXTEENS, GPT_OSS], ids=lambda p: p.name)
+def test_without_gradients_the_forward_and_the_decode_are_compiled_ahead(p, calls):
+    inputs = make_inputs(p, DTYPES[0], DEVICE)
+    options = dict(is_transposed=p.transposed, gate=gate_of(p))
+    options |= dict(up_bias=inputs.up_bias, down_bias=inputs.down_bias)
+
+    def forward():
+        x, ids, weights = inputs.x, inputs.top_k_index, inputs.top_k_weights
+        return fastmoe.fused_experts(x, ids, weights, inputs.up, inputs.down, **options)
+
+    with torch.no_grad():
+        got = forward()
+        first = next(i for i, (main, *_) in enumerate(calls) if main)
+        early, step = ({c[1:] for c in part} for part in (calls[:first], calls[first:]))
+        assert step < early and {name for name, _ in early - step} == {"decode"}
+        calls.clear()
+        assert torch.equal(got, forward())
+        assert all(main for main, *_ in calls)  # known by now
 
 
 def test_each_kind_of_step_is_compiled_once(calls):

@@ -1,4 +1,4 @@
-"""Compiles the kernels of a training step side by side, before the first step of its kind.
+"""Compiles the kernels of a step side by side, before the first of its kind, in training or not.
 
 Left alone Triton compiles each at its first launch, one after the other: 10 s for Qwen3-30B-A3B (an
 H200's 16 cores, empty cache). Shapes as in `autograd`.
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import hopper, ops
-from .autograd import FusedExperts
+from .autograd import FusedExperts, Layer, fused_forward
 from .device import backend_name
 from .routing import CHUNK
 
@@ -34,17 +34,11 @@ def compile_step(
     added = tuple(w if w is None else w.main_grad.dtype for w in accumulating)
     how = (gate, transposed, recompute, added, block_m, ids.shape[1], ids.dtype, experts)
     kind = (*how, x.device, *(_kind(t) for t in operands))
-    if kind in _compiled or not _serves(x):
+    if not _begins(kind, x):
         return
-    _compiled.add(kind)
-    if x.is_cuda:
-        _start_triton(x.device)
 
     def step() -> None:
-        many = ids.new_full((CHUNK // ids.shape[1] + 1, ids.shape[1]), up.shape[0])
-        no_experts = many[:1]
-        for slots in (many, no_experts):  # few are routed by another kernel
-            ops.route(slots, up.shape[0], block_m)
+        no_experts = _route_none(ids, up.shape[0], block_m)
         token = [t.new_zeros(1, t.shape[1]).requires_grad_(t.requires_grad) for t in operands[:2]]
         stacks = [
             None if w is None else w.detach()[:experts].requires_grad_(w.requires_grad)
@@ -62,6 +56,48 @@ def compile_step(
             FusedExperts.backward(out.grad_fn, torch.zeros_like(out))
 
     ops.side_by_side(step, x)
+
+
+def compile_forward(
+    x: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None,
+    down_bias: Tensor | None, ids: Tensor, gate: str, transposed: bool, block_m: int,
+) -> None:  # fmt: skip
+    """The same for a call without gradients, and for the single tokens that follow a prompt."""
+    layout = (gate, transposed, block_m, ids.shape[1], ids.dtype, weights.dtype)
+    kind = (*layout, x.device, up.dtype, up.shape, down.shape, up_bias is None, down_bias is None)
+    if not _begins(kind, x):
+        return
+    experts = few(up.shape[0])
+
+    def forward() -> None:
+        no_experts = _route_none(ids, up.shape[0], block_m)
+        token, no_weights = (t.new_zeros(1, t.shape[1]) for t in (x, weights))
+        stacks = [
+            None if w is None else w.detach()[:experts] for w in (up, down, up_bias, down_bias)
+        ]
+        layer = Layer(_no_rows(ids, experts), block_m, ids.shape[1], transposed)
+        fused_forward(token, no_weights, *stacks, layer, gate, False)
+        ops.decode(token, no_experts, no_weights, *stacks, gate, transposed)
+
+    ops.side_by_side(forward, x)
+
+
+def _begins(kind: tuple, x: Tensor) -> bool:
+    """Whether a step of this kind is the first and has something to compile; then Triton is up."""
+    if kind in _compiled or not _serves(x):
+        return False
+    _compiled.add(kind)
+    if x.is_cuda:
+        _start_triton(x.device)
+    return True
+
+
+def _route_none(ids: Tensor, num_experts: int, block_m: int) -> Tensor:
+    """(1, K) ids of no expert; both forms of the routing, for few slots and for many, have run."""
+    many = ids.new_full((CHUNK // ids.shape[1] + 1, ids.shape[1]), num_experts)
+    for slots in (many, many[:1]):
+        ops.route(slots, num_experts, block_m)
+    return many[:1]
 
 
 def _start_triton(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .backends import torch_ops
-from .backends.launch import launch
+from .backends.launch import launch, next_power_of_2
 from .device import backend_name
 from .routing import Routing
 
@@ -43,7 +43,7 @@ def _sum_rows(y, weights, positions: torch.Tensor, out=None) -> torch.Tensor:
 
     (tokens, top_k), width = positions.shape, y.shape[1]
     out = y.new_empty(tokens, width) if out is None else out
-    block = min(_MAX_BLOCK_H, _next_power_of_2(width))
+    block = min(_MAX_BLOCK_H, next_power_of_2(width))
     if tokens:
         launch(
             combine_kernel, (tokens, -(-width // block)), (y, weights, positions, out), (),
@@ -66,7 +66,7 @@ def combine_backward(
         launch(
             combine_backward_kernel, (y.shape[0],),
             (grad, y, weights, r.perm, r.offsets, grad_y, dots), (),
-            (y.shape[1], r.num_experts, r.top_k, min(2048, _next_power_of_2(y.shape[1]))),
+            (y.shape[1], r.num_experts, r.top_k, min(2048, next_power_of_2(y.shape[1]))),
         )  # fmt: skip
     return grad_y, routing_weight_grad(dots, r, weights.dtype)
 
@@ -82,7 +82,7 @@ def routing_weight_grad(dots: torch.Tensor, r: Routing, dtype: torch.dtype) -> t
     if slots:
         launch(
             routing_weight_grad_kernel, (-(-slots // block),), (dots, r.inv_perm, out), (slots,),
-            (dots.shape[1], block, _next_power_of_2(dots.shape[1])),
+            (dots.shape[1], block, next_power_of_2(dots.shape[1])),
         )  # fmt: skip
     return out
 
@@ -99,7 +99,3 @@ def down_bias_dots(
     dtype = torch.promote_types(grad.dtype, torch.float32)
     dots = grad.to(dtype) @ down_bias.to(dtype).T
     return dots.gather(1, top_k_index.long().masked_fill(sentinel, 0)).masked_fill(sentinel, 0.0)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

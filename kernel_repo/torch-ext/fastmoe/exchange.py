@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends.launch import launch
+from .backends.launch import launch, next_power_of_2
 
 
 def write_routes(
@@ -65,7 +65,7 @@ def pull_rows(
     rows = torch.empty(ids.shape[0], width, dtype=dtype, device=peers.device)
     if ids.shape[0]:
         tokens = ids.shape[0] // peers.numel()
-        block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
+        block_k, block_h = next_power_of_2(ids.shape[1]), min(4096, next_power_of_2(width))
         launch(
             pull_rows_kernel, (ids.shape[0],), (peers, ids, rows), (tokens,),
             (width, num_experts, ids.shape[1], block_k, block_h),
@@ -89,16 +89,12 @@ def pull_sums(
     outs = [ids.new_empty(ids.shape[0], width, dtype=dtype) for _, width, dtype in arrays]
     if ids.shape[0]:
         (first, width, _), (second, small, _) = arrays[0], arrays[-1]
-        block_k, block_h = _next_power_of_2(ids.shape[1]), min(4096, _next_power_of_2(width))
+        block_k, block_h = next_power_of_2(ids.shape[1]), min(4096, next_power_of_2(width))
         launch(
             pull_sums_kernel, (ids.shape[0],), (peers, ids, outs[0], outs[-1]),
             (first, second, rank * tokens),
             (width, small, num_experts, ids.shape[1], peers.numel(), block_k, block_h,
-             _next_power_of_2(small) if len(arrays) > 1 else 0),
+             next_power_of_2(small) if len(arrays) > 1 else 0),
             num_warps=8 if block_h > 2048 else 4,
         )  # fmt: skip
     return outs
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import decode, ops, tuning
-from .ahead import compile_step
+from .ahead import compile_forward, compile_step
 from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
 from .device import backend_name
 from .gates import Gate
@@ -133,7 +133,8 @@ def _fused(
         return FusedExperts.apply(*operands, ids, *how, *parts)
     if decode.serves(x, ids.numel(), up.shape[0]):
         return ops.decode(x, ids, weights, up, down, up_bias, down_bias, gate.spec(), transposed)
-    block_m, parts = _route(x, ids, up.shape[0], routing)
+    before = partial(compile_forward, *operands, ids, gate.spec(), transposed)
+    block_m, parts = _route(x, ids, up.shape[0], routing, before)
     layer = Layer(list(parts), block_m, ids.shape[1], transposed)
     return fused_forward(*operands, layer, gate.spec(), False, place)[0]
 

@@ -112,3 +112,8 @@ def _triton():
     from triton.runtime import driver
 
     return driver, runtime
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is n or more, n >= 1: how wide a block has to be."""
+    return 1 << max(n - 1, 0).bit_length()

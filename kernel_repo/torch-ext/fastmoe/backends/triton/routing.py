@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ...routing import CHUNK
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 _MIN_BLOCK_E = 16
@@ -93,7 +93,7 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
     num_slots = ids.numel()
     num_chunks = -(-num_slots // CHUNK)
-    block_e = max(_MIN_BLOCK_E, 1 << num_experts.bit_length())  # a column for sentinels
+    block_e = max(_MIN_BLOCK_E, next_power_of_2(num_experts + 1))  # with sentinels
     empty = partial(torch.empty, dtype=torch.int32, device=ids.device)
     perm, inv_perm, offsets = empty(num_slots), empty(num_slots), empty(num_experts + 1)
     tiles, num_tiles = empty(max_tiles, 2), empty(1)
