@@ -354,12 +354,13 @@ class Compiled:
 
 @pytest.fixture
 def hooks(monkeypatch):
-    """Triton's driver and its hooks on launches, which a CPU has none of."""
+    """Triton's hooks on launches and whether it is known, and the driver that a CPU has not."""
     hooks = SimpleNamespace(
-        launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[])
-    )
+        launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]),
+        known=True,
+    )  # fmt: skip
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0))
-    monkeypatch.setattr(launching, "_triton", lambda: (driver, hooks))
+    monkeypatch.setattr(launching, "_triton", lambda: (hooks.known, driver, hooks))
     return hooks
 
 
@@ -384,12 +385,19 @@ def test_a_known_kind_is_launched_directly_unless_an_address_is_odd(hooks):
         assert all(a is b or a == b for a, b in zip(args, wanted, strict=True))
 
 
-def test_a_profiler_of_triton_sees_every_launch(hooks):
+def test_a_profiler_of_triton_sees_every_launch_and_an_unknown_triton_makes_them(hooks):
     kernel, t = Kernel(), torch.zeros(64)
-    for calls in ([], [print], []):
-        hooks.launch_enter_hook.calls = calls
+    for calls, known in (([], True), ([print], True), ([], False), ([], True)):
+        hooks.launch_enter_hook.calls, hooks.known = calls, known
         launch(kernel, (1,), (t,), (), (), num_warps=4)
-    assert [how for how, *_ in kernel.log] == ["looked at", "looked at", "launched"]
+    assert [how for how, *_ in kernel.log] == ["looked at"] * 3 + ["launched"]
+
+
+def test_the_installed_triton_is_known():
+    pytest.importorskip("triton")
+    known, driver, hooks = launching._triton()
+    assert known and driver is not None
+    assert hooks.launch_enter_hook.calls == hooks.launch_exit_hook.calls == []
 
 
 def test_tiles_are_described_anew_for_another_address_or_shape(hooks):

@@ -6,6 +6,7 @@ parallelism, would wait for that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from ..device import bind_context
 
 _ALIGNMENT = 16  # bytes; Triton compiles for addresses that are multiples of it, and for others
+_DIRECT = ((3, 6), (3, 7))  # versions of Triton whose compiled kernels take `run` as it is here
 _compiled: dict[tuple, Any] = {}  # kind of call -> its compiled kernel
 
 
@@ -40,7 +42,7 @@ def launch(
     numbers: integers that the kernel is declared not to specialise on. constants: all else,
     hashable. What Triton compiles differently for is the key of the kind: types, constants,
     options, device, and numbers beyond 32 bits; addresses that are not aligned go the usual way,
-    and so does every launch that a profiler of Triton's wants to see.
+    and so does every launch that a profiler of Triton's wants to see, or with another Triton.
     """
     device = tensors[0].array.device if type(tensors[0]) is Tiles else tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -63,16 +65,13 @@ def launch(
     wide = [n >= 1 << 31 for n in numbers]
     key = (kernel.fn, device, *types, *wide, constants, *options.values())
     found = _compiled.get(key) if addresses % _ALIGNMENT == 0 else None
-    if found is not None:
-        driver, hooks = _triton()
-        if not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
-            stream = driver.active.get_current_stream(device.index)
-            x, y, z, *_ = *grid, 1, 1
-            found.run(
-                x, y, z, stream, found.function, found.packed_metadata, None, None, None,
-                *args, *numbers, *constants,
-            )  # fmt: skip
-            return
+    if found is not None and (stream_of := _direct()) is not None:
+        x, y, z, *_ = *grid, 1, 1
+        found.run(
+            x, y, z, stream_of(device.index), found.function, found.packed_metadata,
+            None, None, None, *args, *numbers, *constants,
+        )  # fmt: skip
+        return
     described = [_descriptor(*t) if type(t) is Tiles else t for t in tensors]
     done = kernel[grid](*described, *numbers, *constants, **options)
     if done is not None and addresses % _ALIGNMENT == 0:  # None under the interpreter
@@ -105,13 +104,23 @@ def _descriptor(array, shape: tuple[int, ...], block: tuple[int, ...], layout: A
     return TensorDescriptor(array, list(shape), strides, list(block), layout)
 
 
+def _direct() -> Callable[[int], int] | None:
+    """What gives a device's current stream, where a launch may go around Triton's own."""
+    known, driver, hooks = _triton()
+    if not known or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        return None
+    return driver.active.get_current_stream
+
+
 @lru_cache
 def _triton():
-    """Triton's driver and its settings of launches."""
+    """Whether this Triton's compiled kernels are known; its driver; its settings of launches."""
+    import triton
     from triton.knobs import runtime
     from triton.runtime import driver
 
-    return driver, runtime
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version in _DIRECT, driver, runtime
 
 
 def next_power_of_2(n: int) -> int:
