@@ -113,7 +113,7 @@ def prepare(argv: list[str]) -> tuple:
     refuse_autoep(training.deepspeed)
     set_model_init_kwargs(training, model, ours)
     find_checkpoint(training)
-    add_telemetry(training)
+    add_callbacks(training)
     return script, training, model, mixture
 
 
@@ -264,15 +264,24 @@ def find_checkpoint(training) -> None:
         checkpoint_trainer.check_resumable(place)
 
 
-def add_telemetry(training) -> None:
-    """Puts MoETelemetryCallback before the reporters that the user chose, and makes our other
-    callbacks known by name; tokens, if they are counted, count once for ranks that share them."""
-    from ..training import callbacks, telemetry
+def add_callbacks(training) -> None:
+    """Puts ours before the reporters that the user chose, and makes the others known by name.
+
+    Telemetry always; the routing is kept where activations are recomputed, unless they are so in
+    another way or layers are compiled; tokens, if they are counted, count once for ranks that share
+    them.
+    """
+    from ..training import callbacks, recompute, telemetry
 
     callbacks.register()
-    counts = [] if training.include_num_input_tokens_seen == "no" else ["token_counts"]
-    others = [n for n in training.report_to if n not in (telemetry.REPORT_NAME, "token_counts")]
-    training.report_to = [telemetry.REPORT_NAME, *counts, *others]
+    recomputed = training.activation_checkpointing and not training.torch_compile
+    wanted = {
+        telemetry.REPORT_NAME: True,
+        "keep_routing": recomputed and recompute.can_keep_routing(training),
+        "token_counts": training.include_num_input_tokens_seen != "no",
+    }
+    ours = [name for name, yes in wanted.items() if yes]
+    training.report_to = [*ours, *(name for name in training.report_to if name not in ours)]
 
 
 if __name__ == "__main__":

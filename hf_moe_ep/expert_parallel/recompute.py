@@ -7,10 +7,12 @@ and then the gradients are those of another function than the forward's.
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+
+_TOPK = (torch.topk, torch.Tensor.topk)
 
 
-def keep_routing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def keep_routing() -> tuple[TorchFunctionMode, TorchFunctionMode]:
     """A `context_fn` for `torch.utils.checkpoint.checkpoint` that keeps the chosen indices.
 
     Every `topk` of the forward keeps its indices, (T, K) int64, 8 bytes each; that of the recompute
@@ -28,32 +30,37 @@ def keep_routing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     return _Keep(kept), _Replay(kept)
 
 
-class _Keep(TorchDispatchMode):
+class _TopK(TorchFunctionMode):
+    """`topk` as a choice of indices and a gather: autograd sees the same in both passes."""
+
     def __init__(self, kept: list[torch.Tensor]):
         super().__init__()
         self.kept = kept
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.topk.default:
-            self.kept.append(out[1].clone())
-        return out
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in _TOPK or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+        return self.topk(func, *args, **kwargs)
+
+    def topk(self, func, input, k, dim=-1, largest=True, sorted=True, **_):
+        indices = self.choose(func, input.detach(), k, dim, largest, sorted)
+        return torch.return_types.topk((input.gather(dim, indices), indices))
 
 
-class _Replay(TorchDispatchMode):
+class _Keep(_TopK):
+    def choose(self, func, *args) -> torch.Tensor:
+        indices = func(*args).indices
+        self.kept.append(indices.clone())
+        return indices
+
+
+class _Replay(_TopK):
     """In the order of the forward, anew for every recompute."""
-
-    def __init__(self, kept: list[torch.Tensor]):
-        super().__init__()
-        self.kept = kept
 
     def __enter__(self):
         self.next = iter(self.kept)
         return super().__enter__()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten.topk.default:
-            return func(*args, **(kwargs or {}))
-        indices = next(self.next).clone()
-        dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
-        return args[0].gather(dim, indices), indices
+    def choose(self, func, *args) -> torch.Tensor:
+        return next(self.next).clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..expert_parallel import keep_routing
 
@@ -24,7 +24,7 @@ class KeepRoutingCallback(TrainerCallback):
             return
         options = dict(args.activation_checkpointing_kwargs or {})
         every_n_layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-        if options.get("use_reentrant") or options.get("context_fn"):
+        if not can_keep_routing(args):
             raise ValueError(
                 f"activation_checkpointing_kwargs={options} and keep_routing, which needs "
                 "use_reentrant=False and the context_fn: change them, or drop keep_routing"
@@ -33,3 +33,10 @@ class KeepRoutingCallback(TrainerCallback):
         model.activation_checkpointing_enable(
             options, every_n_layers=every_n_layers, offload=offload
         )
+
+
+def can_keep_routing(args: TrainingArguments) -> bool:
+    """Whether nothing else in `activation_checkpointing_kwargs` has a say in the recompute."""
+    others = ("use_reentrant", "context_fn", "selective")
+    options = args.activation_checkpointing_kwargs or {}
+    return not any(options.get(name) for name in others)

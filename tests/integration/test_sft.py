@@ -278,6 +278,23 @@ def test_flags_override_the_file_and_its_env_is_set(place, monkeypatch):
     assert training.report_to == ["moe_telemetry"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ([], True),
+        (["--activation_checkpointing_kwargs", '{"every_n_layers": 2}'], True),
+        (["--activation_checkpointing", "false"], False),
+        (["--activation_checkpointing_kwargs", '{"use_reentrant": true}'], False),
+        (["--activation_checkpointing_kwargs", '{"selective": true}'], False),
+        (["--torch_compile", "true"], False),
+    ],
+)
+def test_the_routing_is_kept_where_activations_are_recomputed(place, flags, kept):
+    argv = arguments(place, "--activation_checkpointing", "true", *flags)
+    _, training, *_ = sft.prepare(argv)
+    assert ("keep_routing" in training.report_to) == kept
+
+
 def test_telemetry_comes_before_the_chosen_reporters(place):
     config = yaml.safe_load((place / "c.yaml").read_text())
     config["report_to"] = ["tensorboard", "moe_telemetry"]
