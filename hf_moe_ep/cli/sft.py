@@ -274,10 +274,9 @@ def add_callbacks(training) -> None:
     from ..training import callbacks, recompute, telemetry
 
     callbacks.register()
-    recomputed = training.activation_checkpointing and not training.torch_compile
     wanted = {
         telemetry.REPORT_NAME: True,
-        "keep_routing": recomputed and recompute.can_keep_routing(training),
+        "keep_routing": training.activation_checkpointing and recompute.can_keep_routing(training),
         "token_counts": training.include_num_input_tokens_seen != "no",
     }
     ours = [name for name, yes in wanted.items() if yes]

@@ -24,7 +24,8 @@ def keep_routing() -> tuple[TorchFunctionMode, TorchFunctionMode]:
         )
 
     (torch's own `create_selective_checkpoint_contexts` would keep the values too, which routers
-    change in place: softmax, topk, then `/=` their sum.)
+    change in place: softmax, topk, then `/=` their sum.) Not for layers that are compiled:
+    torch.compile raises.
     """
     kept: list[torch.Tensor] = []
     return _Keep(kept), _Replay(kept)
@@ -44,13 +45,13 @@ class _TopK(TorchFunctionMode):
         return self.topk(func, *args, **kwargs)
 
     def topk(self, func, input, k, dim=-1, largest=True, sorted=True, **_):
-        indices = self.choose(func, input.detach(), k, dim, largest, sorted)
+        indices = self.choose(func, input, k, dim, largest, sorted)
         return torch.return_types.topk((input.gather(dim, indices), indices))
 
 
 class _Keep(_TopK):
-    def choose(self, func, *args) -> torch.Tensor:
-        indices = func(*args).indices
+    def choose(self, func, input, *how) -> torch.Tensor:
+        indices = func(input.detach(), *how).indices
         self.kept.append(indices.clone())
         return indices
 
@@ -62,5 +63,5 @@ class _Replay(_TopK):
         self.next = iter(self.kept)
         return super().__enter__()
 
-    def choose(self, func, *args) -> torch.Tensor:
+    def choose(self, *_) -> torch.Tensor:
         return next(self.next).clone()

@@ -3,7 +3,8 @@
 A backend keeps its output for its own backward, (B, S, h / N, dv): all tokens, this rank's heads.
 The output projection behind the exchange keeps (B, s, h, dv): this rank's tokens, all heads; the
 same bytes again. Here the first is let go after forward, and exchanged back out of the second when
-backward asks for it: one all-to-all more, 2 * B * s * h * dv bytes less in every layer.
+backward asks for it: one all-to-all more, 2 * B * s * h * dv bytes less in every layer. (A frozen
+projection keeps nothing: then it is the second that stays, and no byte is won.)
 
 Shapes as in attention.py.
 """
@@ -23,6 +24,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
+        self.version = tensor._version  # autograd compares none for what hooks have packed
         self.again: Callable[[], Tensor] | None = None
 
 
@@ -73,15 +75,22 @@ def _let_go(entry: _Saved, exchanged: Tensor, to_heads: Callable[[Tensor], Tenso
     version = exchanged._version
 
     def again() -> Tensor:
-        if exchanged._version != version:
-            raise RuntimeError(
-                "the output of the attention was changed in place, which its backward needs: use "
-                "an operation that makes a new tensor"
-            )
+        _refuse_changes(exchanged, version)
         return to_heads(exchanged).as_strided(*layout)
 
     entry.tensor, entry.again = None, again
 
 
 def _unpack(entry: _Saved) -> Tensor:
-    return entry.tensor if entry.again is None else entry.again()
+    if entry.again is not None:
+        return entry.again()
+    _refuse_changes(entry.tensor, entry.version)
+    return entry.tensor
+
+
+def _refuse_changes(tensor: Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor {tuple(tensor.shape)} that attention needs for its backward, an input or "
+            "its output, was changed in place: use an operation that makes a new tensor"
+        )

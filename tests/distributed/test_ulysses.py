@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_moe_ep  # noqa: F401  (registers "fastmoe")
 from hf_moe_ep.sequence_parallel import enable_sequence_parallel, share_batches
+from hf_moe_ep.sequence_parallel.saved_output import exchange_output
 from tests import families
 from tests.distributed.ranks import run_ranks
 
@@ -373,3 +374,16 @@ def changed_in_place(root) -> None:
 def test_an_output_changed_in_place_is_refused(tmp_path):
     make_model(Case(())).save_pretrained(tmp_path)
     run_ranks(2, changed_in_place, tmp_path)
+
+
+def test_an_input_changed_in_place_is_refused():
+    x, bias = torch.randn(1, 4, 2, 3, requires_grad=True), torch.randn(1, 4, 2, 3)
+
+    def run(change):
+        out = exchange_output(lambda: x * bias, torch.clone, torch.clone)
+        change()
+        return torch.autograd.grad(out.sum(), x)[0]
+
+    assert torch.equal(run(lambda: None), bias)
+    with pytest.raises(RuntimeError, match="an input or its output, was changed in place"):
+        run(lambda: bias.mul_(2))

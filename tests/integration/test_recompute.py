@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_moe_ep.training import KeepRoutingCallback, callbacks
+from hf_moe_ep.training.recompute import can_keep_routing
 from tests import families
 
 
@@ -51,3 +52,11 @@ def test_the_recompute_takes_the_experts_of_the_forward(tmp_path):
 def test_other_checkpointing_is_refused(tmp_path, options):
     with pytest.raises(ValueError, match="drop keep_routing"):
         train(tmp_path, [], KeepRoutingCallback(), activation_checkpointing_kwargs=options)
+
+
+def test_compiled_layers_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="torch_compile=True and keep_routing"):
+        train(tmp_path, [], KeepRoutingCallback(), torch_compile=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    assert not can_keep_routing(arguments)

@@ -390,7 +390,11 @@ def test_a_profiler_of_triton_sees_every_launch_and_an_unknown_triton_makes_them
     for calls, known in (([], True), ([print], True), ([], False), ([], True)):
         hooks.launch_enter_hook.calls, hooks.known = calls, known
         launch(kernel, (1,), (t,), (), (), num_warps=4)
-    assert [how for how, *_ in kernel.log] == ["looked at"] * 3 + ["launched"]
+    for hook in (print, None):  # a plain function in the place of Triton's chain, and nothing
+        hooks.launch_exit_hook = hook
+        launch(kernel, (1,), (t,), (), (), num_warps=4)
+    ways = ["looked at", "looked at", "looked at", "launched", "looked at", "launched"]
+    assert [how for how, *_ in kernel.log] == ways
 
 
 def test_the_installed_triton_is_known():

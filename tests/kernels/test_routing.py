@@ -60,6 +60,22 @@ def test_max_tiles_by_hand():
     assert max_tiles(2, 100, 16) == 0 + 2
 
 
+@pytest.mark.skipif(not BLOCK_M, reason="chunks are the Triton kernels'")
+@pytest.mark.parametrize("tokens", [300, 512, 513, 700])
+def test_chunks_grow_where_there_would_be_too_many(tokens, monkeypatch):
+    ids = torch.randint(0, 9, (tokens, 3), generator=torch.Generator().manual_seed(0))
+    usual = fastmoe.route(ids.to(DEVICE), 7, BLOCK_M)  # ids 7 and 8 are elsewhere
+    from fastmoe.backends.triton import routing
+
+    monkeypatch.setattr(routing, "_MOST_CHUNKS", 2)
+    few = fastmoe.route(ids.to(DEVICE), 7, BLOCK_M)
+    rows = int(usual.offsets[-1])
+    assert few.perm[:rows].equal(usual.perm[:rows]) and few.inv_perm.equal(usual.inv_perm)
+    assert few.offsets.equal(usual.offsets) and few.num_tiles.equal(usual.num_tiles)
+    assert few.tiles[: int(few.num_tiles)].equal(usual.tiles[: int(few.num_tiles)])
+    assert few.inv_perm.ge(0).sum() == rows
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(0, 300), top_k=st.integers(1, 16),

@@ -70,9 +70,10 @@ def _launch(first: torch.Tensor, tensors: list[torch.Tensor], numbers: tuple[int
     table = torch.tensor(table, dtype=torch.int64, pin_memory=on_gpu)
     table = table.to(first.device, non_blocking=True)
     places = _places(words, first.device)
-    first_not_finite_kernel[(places.shape[0],)](
-        first, table, places, _on_device(numbers, first.device), WORDS, 4096, num_warps=8
-    )
+    with torch.cuda.device_of(first):
+        first_not_finite_kernel[(places.shape[0],)](
+            first, table, places, _on_device(numbers, first.device), WORDS, 4096, num_warps=8
+        )
 
 
 @lru_cache(8)

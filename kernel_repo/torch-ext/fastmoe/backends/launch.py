@@ -49,23 +49,27 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, **options)
         return
-    args, types, addresses = [], [], 0
+    pointers, types, addresses = [], [], 0
     for t in tensors:
         if t is None:
-            args.append(None)
+            pointers.append(None)
             types.append(None)
         elif type(t) is Tiles:
             bind_context(device)
-            args.append(_by_address(t.array.data_ptr(), t.array.dtype, *t[1:]))
+            pointers.append(t.array.data_ptr())
             types.append((t.array.dtype, t.block))
         else:
-            args.append(address := t.data_ptr())
+            pointers.append(address := t.data_ptr())
             types.append(t.dtype)
             addresses |= address
     wide = [n >= 1 << 31 for n in numbers]
     key = (kernel.fn, device, *types, *wide, constants, *options.values())
     found = _compiled.get(key) if addresses % _ALIGNMENT == 0 else None
     if found is not None and (stream_of := _direct()) is not None:
+        args = [
+            _by_address(p, t.array.dtype, *t[1:]) if type(t) is Tiles else p
+            for p, t in zip(pointers, tensors, strict=True)
+        ]
         x, y, z, *_ = *grid, 1, 1
         found.run(
             x, y, z, stream_of(device.index), found.function, found.packed_metadata,
@@ -106,8 +110,9 @@ def _descriptor(array, shape: tuple[int, ...], block: tuple[int, ...], layout: A
 
 def _direct() -> Callable[[int], int] | None:
     """What gives a device's current stream, where a launch may go around Triton's own."""
-    known, driver, hooks = _triton()
-    if not known or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+    known, driver, settings = _triton()
+    hooks = settings.launch_enter_hook, settings.launch_exit_hook
+    if not known or any(getattr(hook, "calls", hook) for hook in hooks):
         return None
     return driver.active.get_current_stream
 
@@ -125,4 +130,4 @@ def _triton():
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of 2 that is n or more, n >= 1: how wide a block has to be."""
-    return 1 << max(n - 1, 0).bit_length()
+    return 1 << (n - 1).bit_length()

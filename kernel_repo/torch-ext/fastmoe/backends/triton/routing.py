@@ -2,7 +2,8 @@
 count each chunk's slots per expert, then place them. One launch where there is one chunk.
 
 Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, those of
-sentinels in column E.
+sentinels in column E. A chunk is `per` slots, a multiple of CHUNK that grows with S: every program
+of the second launch adds up the counts of all chunks.
 """
 
 from functools import partial
@@ -16,6 +17,7 @@ from ..launch import launch, next_power_of_2
 
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 _MIN_BLOCK_E = 16
+_MOST_CHUNKS = 256
 _ROWS = 32  # chunks whose counts a program adds up at once
 
 
@@ -26,17 +28,22 @@ def _load_experts(ids_ptr, slots, S, NUM_EXPERTS):
     return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["S"])
-def count_kernel(ids_ptr, counts_ptr, S, NUM_EXPERTS, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+@triton.jit(do_not_specialize=["S", "per"])
+def count_kernel(
+    ids_ptr, counts_ptr, S, per, NUM_EXPERTS, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
+):
     chunk = tl.program_id(0)
-    experts = _load_experts(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), S, NUM_EXPERTS)
-    tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), tl.histogram(experts, BLOCK_E))
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    for s0 in range(chunk * per, (chunk + 1) * per, CHUNK):
+        experts = _load_experts(ids_ptr, s0 + tl.arange(0, CHUNK), S, NUM_EXPERTS)
+        counts += tl.histogram(experts, BLOCK_E)
+    tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
-@triton.jit(do_not_specialize=["S", "num_chunks", "MAX_TILES"])
+@triton.jit(do_not_specialize=["S", "per", "num_chunks", "MAX_TILES"])
 def place_kernel(
     ids_ptr, counts_ptr, perm_ptr, inv_perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    S, num_chunks, MAX_TILES, NUM_EXPERTS, COUNTED: tl.constexpr, ROWS: tl.constexpr,
+    S, per, num_chunks, MAX_TILES, NUM_EXPERTS, COUNTED: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Every chunk's slots to their rows, in order, and its share of the tile map.
@@ -63,8 +70,7 @@ def place_kernel(
         tl.store(offsets_ptr + e, offsets, mask=e <= NUM_EXPERTS)
 
     next_row = offsets + before
-    first = chunk * CHUNK
-    for s0 in range(first, tl.minimum(first + CHUNK, S), STEP):
+    for s0 in range(chunk * per, tl.minimum((chunk + 1) * per, S), STEP):
         slots = s0 + tl.arange(0, STEP)
         experts = _load_experts(ids_ptr, slots, S, NUM_EXPERTS)
         i = tl.arange(0, STEP)
@@ -92,7 +98,8 @@ def place_kernel(
 def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: int):
     """perm, inv_perm, offsets, tiles and num_tiles from the ids (S,) of the slots, S > 0."""
     num_slots = ids.numel()
-    num_chunks = -(-num_slots // CHUNK)
+    per = CHUNK * -(-num_slots // (CHUNK * _MOST_CHUNKS))
+    num_chunks = -(-num_slots // per)
     block_e = max(_MIN_BLOCK_E, next_power_of_2(num_experts + 1))  # with sentinels
     empty = partial(torch.empty, dtype=torch.int32, device=ids.device)
     perm, inv_perm, offsets = empty(num_slots), empty(num_slots), empty(num_experts + 1)
@@ -101,10 +108,10 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     if num_chunks > 1:
         counts = empty(num_chunks, block_e)
         kind = (num_experts, CHUNK, block_e)
-        launch(count_kernel, (num_chunks,), (ids, counts), (num_slots,), kind)
+        launch(count_kernel, (num_chunks,), (ids, counts), (num_slots, per), kind)
     launch(
         place_kernel, (num_chunks,), (ids, counts, perm, inv_perm, offsets, tiles, num_tiles),
-        (num_slots, num_chunks, max_tiles),
+        (num_slots, per, num_chunks, max_tiles),
         (num_experts, counts is not None, _ROWS, CHUNK, block_e, block_m, _STEP),
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles
