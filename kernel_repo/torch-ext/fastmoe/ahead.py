@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import hopper, ops
 from .autograd import FusedExperts, Layer, fused_forward
+from .backends import CHUNK
 from .device import backend_name
-from .routing import CHUNK
 
 _compiled: set[tuple] = set()  # kinds of steps whose kernels this process has
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -67,17 +66,3 @@ def matmul_precision(dtype: torch.dtype) -> str:
         if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         else "ieee"
     )
-
-
-_bound = threading.local()
-
-
-def bind_context(device: torch.device) -> None:
-    """Give this thread a CUDA context, once.
-
-    Encoding a tensor descriptor needs one, and autograd's threads start without (Triton 3.6 binds
-    one at a launch, but encodes the descriptors first).
-    """
-    if device.type == "cuda" and getattr(_bound, "device", None) != device:
-        torch.zeros(1, device=device)
-        _bound.device = device

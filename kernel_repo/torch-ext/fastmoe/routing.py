@@ -14,8 +14,6 @@ import torch
 
 from .backends import torch_ops
 
-CHUNK = 512  # slots that one program sorts; more take a second launch
-
 
 class Routing(NamedTuple):
     """The expert-sorted order of the slots, int32 throughout, on the device of the ids.

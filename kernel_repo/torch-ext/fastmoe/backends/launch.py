@@ -6,6 +6,7 @@ parallelism, would wait for that.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
@@ -13,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..device import bind_context
-
 _ALIGNMENT = 16  # bytes; Triton compiles for addresses that are multiples of it, and for others
 _DIRECT = ((3, 6), (3, 7))  # versions of Triton whose compiled kernels take `run` as it is here
 _compiled: dict[tuple, Any] = {}  # kind of call -> its compiled kernel
+_bound = threading.local()  # the device whose context a thread has
 
 
 class Tiles(NamedTuple):
@@ -55,7 +55,7 @@ def launch(
             pointers.append(None)
             types.append(None)
         elif type(t) is Tiles:
-            bind_context(device)
+            _bind_context(device)
             pointers.append(t.array.data_ptr())
             types.append((t.array.dtype, t.block))
         else:
@@ -80,6 +80,17 @@ def launch(
     done = kernel[grid](*described, *numbers, *constants, **options)
     if done is not None and addresses % _ALIGNMENT == 0:  # None under the interpreter
         _compiled[key] = done
+
+
+def _bind_context(device: torch.device) -> None:
+    """Give this thread a CUDA context, once.
+
+    Encoding a tensor descriptor needs one, and autograd's threads start without (Triton 3.6 binds
+    one at a launch, but encodes the descriptors first).
+    """
+    if device.type == "cuda" and getattr(_bound, "device", None) != device:
+        torch.zeros(1, device=device)
+        _bound.device = device
 
 
 class _Address(NamedTuple):

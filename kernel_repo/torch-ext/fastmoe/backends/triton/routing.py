@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...routing import CHUNK
+from .. import CHUNK
 from ..launch import launch, next_power_of_2
 
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
