@@ -269,10 +269,10 @@ def fits(before: dict, last: dict, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 4 * last["T"]
-    total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    (total,) = slowest([-total / GIB], device)  # of the rank that has least
+    available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    least = -slowest([-available / GIB], device)[0]  # of any rank
     slope = (last["process_gib"] - before["process_gib"]) / (last["T"] - before["T"])
-    return int((0.92 * -total - last["process_gib"]) / slope + last["T"]) // LONG * LONG
+    return int((0.92 * least - last["process_gib"]) / slope + last["T"]) // LONG * LONG
 
 
 def one_step(model: nn.Module, tokens: int, device: torch.device) -> dict:

@@ -32,14 +32,8 @@ def _train(result: Result) -> str:
             + [f"{row['error_ratio']:.2f}" if "error_ratio" in row else "-"]
         )
     header = ["shape (H, I, E, K)", "T", "", "forward ms", "step ms", "step, frozen weights, ms"]
-    header += [
-        "step TFLOP/s",
-        "of the limit",
-        "saved MiB",
-        "peak MiB",
-        "largest error / grouped_mm's",
-    ]
-    return markdown(header, lines)
+    header += ["step TFLOP/s", "of the limit", "saved MiB", "peak MiB"]
+    return markdown([*header, "largest error / grouped_mm's"], lines)
 
 
 def _train_short(result: Result) -> str:
@@ -96,19 +90,8 @@ def _kernels(result: Result) -> str:
         share = sum(row["share"] for row in rows)
         line = [label(name, result), str(tokens), phase, f"{len(rows)} launches", "-"]
         lines.append([*line, number(total * 1e3), f"{share:.1%}", "-", "-", "-"])
-    header = [
-        "",
-        "T",
-        "phase",
-        "kernel",
-        "work",
-        "µs",
-        "share of step",
-        "TFLOP/s",
-        "GB/s",
-        "at floor",
-    ]
-    return markdown(header, lines)
+    header = ["", "T", "phase", "kernel", "work", "µs", "share of step"]
+    return markdown([*header, "TFLOP/s", "GB/s", "at floor"], lines)
 
 
 def _first_step(result: Result) -> str:
@@ -125,15 +108,8 @@ def _first_step(result: Result) -> str:
             ]
             + [str(len(stalls)), number(stalls[len(stalls) // 2]), number(stalls[-1])]
         )
-    header = [
-        "",
-        "caches",
-        "import s",
-        "first step s",
-        "start to end of first step s",
-        "steady step ms",
-    ]
-    header += ["unseen token counts", "median stall ms", "worst stall ms"]
+    header = ["", "caches", "import s", "first step s", "start to end of first step s"]
+    header += ["steady step ms", "unseen token counts", "median stall ms", "worst stall ms"]
     return markdown(header, lines)
 
 

@@ -280,7 +280,8 @@ def add_callbacks(training) -> None:
         "token_counts": training.include_num_input_tokens_seen != "no",
     }
     ours = [name for name, yes in wanted.items() if yes]
-    training.report_to = [*ours, *(name for name in training.report_to if name not in ours)]
+    others = [n for n in training.report_to if n not in (*ours, "token_counts")]
+    training.report_to = [*ours, *others]
 
 
 if __name__ == "__main__":
