@@ -82,6 +82,11 @@ GROUPS = {
         "liger": Case(
             "recipe one_gpu_fast, Liger for compile", LIGER | {"torch_compile": False}, FAST
         ),
+        "recipe_theirs": Case(
+            "recipe one_gpu_fast, grouped_mm",
+            {"experts_implementation": "grouped_mm"},
+            FAST,
+        ),
         "recipe": as_it_is(FAST, limit_s=140),
     },
     "ep": {

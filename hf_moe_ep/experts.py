@@ -112,8 +112,10 @@ def gate_of(module: nn.Module):
     activation = _activation_of(module)
     if not module.has_gate:
         return fastmoe.Gate(activation, gated=False) if activation else None
-    method = module._apply_gate
-    function = getattr(method, "__func__", None)
+    if "_apply_gate" in vars(module):  # put on this module alone
+        return None
+    # The class's function, not the bound method's __func__, which torch.compile reads as None.
+    function = type(module)._apply_gate
     if function is _default_apply_gate:
         return fastmoe.Gate(activation) if activation else None
     # A method of the module's own: known only under the very name it has in transformers, which its

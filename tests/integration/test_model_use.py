@@ -14,6 +14,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_f
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_ep  # noqa: F401  (registers "fastmoe")
+from hf_moe_ep.experts import fastmoe
 from tests.families import (
     experts_modules,
     family,
@@ -120,6 +121,21 @@ def test_moe_block_compiles_without_a_graph_break(name):
         x = torch.randn(2, tokens, model.config.get_text_config().hidden_size)
         for want, got in zip(run_block(block, x), run_block(compiled, x), strict=True):
             assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_compiled_block_keeps_the_fused_gate(name, monkeypatch):
+    def unfused(*args):
+        raise AssertionError("the gate runs as written")
+
+    monkeypatch.setattr(fastmoe.moe, "_as_written", unfused)
+    model = model_of(name)
+    block = model.get_submodule(next(iter(experts_modules(model))).rpartition(".")[0])
+    x = torch.randn(2, 12, model.config.get_text_config().hidden_size)
+    want = run_block(block, x)
+    got = run_block(torch.compile(block, backend="aot_eager", fullgraph=True), x)
+    for w, g in zip(want, got, strict=True):
+        assert relative_error(g, w) < 1e-6
 
 
 def run_block(block, x):

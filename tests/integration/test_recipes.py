@@ -79,6 +79,8 @@ def test_a_training_recipe_is_read_and_fits(name, tmp_path, monkeypatch):
     assert training.torch_compile == (os.environ[REGIONS] == "true") == (name == "one_gpu_fast")
     assert training.liger_kernel_config == ({"swiglu": False} if training.torch_compile else None)
     assert memory(planned, config, held, tokens, checkpointing, accumulates).gib < USABLE * gib
+    # Batches are made elsewhere and copied while the GPU works.
+    assert training.dataloader_num_workers and training.accelerator_config.non_blocking
     text = Path(recipes.path(name)).read_text()
     started = f"torchrun --nproc-per-node {world} -m hf_moe_ep sft --config {name}\n"
     assert (started if world > 1 else f"hf-moe-ep sft --config {name}\n") in text

@@ -56,9 +56,11 @@ def _gate_of(module: nn.Module):
         return module.act_fn
     own, act = getattr(module, "_apply_gate", None), module.act_fn
     # transformers gives this method to every experts class that does not write one. Its code
-    # object has the name whatever wraps it; functools.wraps gives a wrapper the __name__ too.
-    code = getattr(getattr(own, "__func__", None), "__code__", None)
-    if own is not None and (code is None or code.co_name != "_default_apply_gate"):
+    # object has the name whatever wraps it; functools.wraps gives a wrapper the __name__ too. Read
+    # from the class: torch.compile takes a bound method's __func__ for None.
+    code = getattr(getattr(type(module), "_apply_gate", None), "__code__", None)
+    default = code is not None and code.co_name == "_default_apply_gate"
+    if own is not None and ("_apply_gate" in vars(module) or not default):
         return own
     known = f"{type(act).__module__}.{type(act).__qualname__}" in _SILU
     if known and not ("forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks):
