@@ -191,7 +191,8 @@ def job_of(case: Case, steps: int, folder: Path) -> dict:
     )
     config.save_pretrained(folder / "model")
     train_tokenizer(documents()[:4], 280).save_pretrained(folder / "model")
-    write_rows(folder / "data.jsonl", case.gpus * batch * (WARMUP + steps), tokens)
+    rows = case.gpus * batch * (WARMUP + steps)
+    write_rows(folder / "data.jsonl", rows, tokens, sizes["vocab_size"])
     argv = [] if case.recipe is None else ["--config", case.recipe]
     for name, value in flags.items():
         argv += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
@@ -199,12 +200,12 @@ def job_of(case: Case, steps: int, folder: Path) -> dict:
     return told | {"result": str(folder / "row.json")}
 
 
-def write_rows(path: Path, rows: int, tokens: int) -> None:
+def write_rows(path: Path, rows: int, tokens: int, vocabulary: int) -> None:
     """Rows of as many random token ids, as sft takes data that is tokenised already."""
     draw = random.Random(0)
     with path.open("w") as file:
         for _ in range(rows):
-            ids = draw.choices(range(3, TINY["vocab_size"]), k=tokens)
+            ids = draw.choices(range(3, vocabulary), k=tokens)
             file.write(json.dumps({"input_ids": ids}) + "\n")
 
 

@@ -1,6 +1,8 @@
 """Models with random weights, made on the device: no checkpoint is read and none is gathered.
 
-Weights are normal with a deviation of 0.02 and norms are ones, so routing is near uniform.
+Weights are normal with a deviation of 0.02, embeddings with one of 1, and norms are ones. So a
+token's own embedding outweighs what attention adds, which is nearly the same for all tokens of such
+a model: routing is near uniform over different tokens.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def random_model(
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+    nn.init.normal_(model.get_input_embeddings().weight)
     return model
 
 

@@ -30,10 +30,10 @@ def test_fits_a_hopper_gpu_and_adds_by_bulk_copies(add, transpose):
     types = dict(
         p_desc=descriptor("bf16", 16, hopper._BLOCK_K, hopper._BLOCK_M), q_ptr="*bf16",
         out_desc=descriptor(add or "bf16", bits, *block),
-        perm_ptr="*i32", offsets_ptr="*i32", num_experts="i32",
+        perm_ptr="*i32", offsets_ptr="*i32", next_ptr="*i32", num_experts="i32",
     )  # fmt: skip
     values = dict(
-        P=1536, Q=2048, TOP_K=8, TRANSPOSE=transpose, ADD=add is not None, PROGRAMS=132,
+        P=1536, Q=2048, TOP_K=8, TRANSPOSE=transpose, ADD=add is not None,
         BLOCK_P=hopper._BLOCK_M, BLOCK_Q=hopper._TILE_N, BLOCK_K=hopper._BLOCK_K,
         STAGES=hopper._STAGES,
     )  # fmt: skip

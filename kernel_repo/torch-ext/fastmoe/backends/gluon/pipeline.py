@@ -1,4 +1,5 @@
-"""What the warp-specialised kernels share: a ring of stages between one producer and two consumers.
+"""What the warp-specialised kernels share: a ring of stages between one producer and two consumers,
+and a queue of tiles where tiles differ in cost.
 
 The producer's warps fill a stage of shared memory (gathered rows by cp.async, what is contiguous by
 bulk copy) and run ahead over tile borders; two warpgroups of consumers multiply it, 64 rows of the
@@ -48,3 +49,41 @@ def copy_rows(buffer, pointers, exists, barrier):
     """
     async_copy.async_copy_global_to_shared(buffer, pointers, mask=exists)
     async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def make_queue():
+    """(items, posted, taken): two places for the numbers of tiles that the producer draws."""
+    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    posted = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2):
+        mbarrier.init(posted.index(place), count=1)
+        mbarrier.init(taken.index(place), count=CONSUMERS)
+    return items, posted, taken
+
+
+@gluon.jit
+def draw(next_ptr, items, posted, taken, turn, WARPS: gl.constexpr):
+    """The producer's next tile: the next number that no program has drawn, told to its consumers.
+
+    `turn` counts the calls from 0.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    t = gl.atomic_add(next_ptr, 1)
+    place = turn % 2
+    mbarrier.wait(taken.index(place), (turn // 2 + 1) % 2)
+    items.index(place).store(gl.full([1], t, gl.int32, layout))
+    mbarrier.arrive(posted.index(place), count=1)
+    return t
+
+
+@gluon.jit
+def take(items, posted, taken, turn):
+    """The tile that the producer drew at this turn; called by warpgroups of four warps."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    place = turn % 2
+    mbarrier.wait(posted.index(place), (turn // 2) % 2)
+    t = gl.max(items.index(place).load(layout), 0)
+    mbarrier.arrive(taken.index(place), count=1)
+    return t

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import advance, before, copy_rows, make_barriers
+from .pipeline import advance, before, copy_rows, draw, make_barriers, make_queue, take
 
 PRODUCER_WARPS = gl.constexpr(4)
 
@@ -31,11 +31,11 @@ def _tile(
 
 @gluon.jit
 def _produce(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty,
-    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
+    full, empty, items, posted, taken, num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     P_TILES: gl.constexpr = P // BLOCK_P
     Q_TILES: gl.constexpr = Q // BLOCK_Q
@@ -44,7 +44,9 @@ def _produce(
     cols = gl.expand_dims(gl.arange(0, BLOCK_Q, gl.SliceLayout(0, layout)), 0)
     stage = 0
     phase = 0
-    for t in range(gl.program_id(0), num_experts * P_TILES * Q_TILES, PROGRAMS):
+    turn = 0
+    t = draw(next_ptr, items, posted, taken, turn, PRODUCER_WARPS)
+    while t < num_experts * P_TILES * Q_TILES:
         e, p0, q0 = _tile(t, P_TILES, Q_TILES, BLOCK_P, BLOCK_Q)
         lo = gl.load(offsets_ptr + e)
         hi = gl.load(offsets_ptr + e + 1)
@@ -60,6 +62,8 @@ def _produce(
             tma.async_copy_global_to_shared(p_desc, [k0, p0], barrier, p_bufs.index(stage))
             copy_rows(q_bufs.index(stage), pointers, exists, barrier)
             stage, phase = advance(stage, phase, STAGES)
+        turn += 1
+        t = draw(next_ptr, items, posted, taken, turn, PRODUCER_WARPS)
 
 
 @builtin
@@ -110,11 +114,11 @@ def _write_part(
 
 @gluon.jit
 def _consume(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs, full, empty,
-    num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
+    full, empty, items, posted, taken, num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     P_TILES: gl.constexpr = P // BLOCK_P
     Q_TILES: gl.constexpr = Q // BLOCK_Q
@@ -123,7 +127,9 @@ def _consume(
     out = out_bufs.index(GROUP)
     stage = 0
     phase = 0
-    for t in range(gl.program_id(0), num_experts * P_TILES * Q_TILES, PROGRAMS):
+    turn = 0
+    t = take(items, posted, taken, turn)
+    while t < num_experts * P_TILES * Q_TILES:
         e, p0, q0 = _tile(t, P_TILES, Q_TILES, BLOCK_P, BLOCK_Q)
         p0 += GROUP * HALF
         lo = gl.load(offsets_ptr + e)
@@ -144,21 +150,27 @@ def _consume(
                 _write(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
         else:
             _write(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
+        turn += 1
+        t = take(items, posted, taken, turn)
     tma.store_wait(0)
 
 
 @gluon.jit
 def weight_grad_kernel(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, num_experts,
+    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, num_experts,
     P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """out[e] = sum over the rows of e of p[row]^T q[token].
 
     With ADD the sum is added to out, 16-bit or fp32, by bulk copies that add: no read of out, and
     one rounding of the sum to its dtype before. An expert without rows is not touched.
+
+    Tiles are as deep as their expert has rows, so programs draw them from a counter, next_ptr, that
+    starts at 0: dealt out in turn, an expert with many rows would keep some programs long after the
+    others.
     """
     dtype: gl.constexpr = p_desc.dtype
     p_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_P], p_desc.layout)
@@ -167,24 +179,25 @@ def weight_grad_kernel(
         out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
     )
     full, empty = make_barriers(STAGES, PRODUCER_WARPS)
+    items, posted, taken = make_queue()
     gl.warp_specialize(
         [
             (_consume, (
-                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, num_experts,
-                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
+                full, empty, items, posted, taken, num_experts,
+                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
                 gl.constexpr(0),
             )),
             (_consume, (
-                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, num_experts,
-                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
+                full, empty, items, posted, taken, num_experts,
+                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
                 gl.constexpr(1),
             )),
             (_produce, (
-                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, num_experts,
-                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, PROGRAMS,
+                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
+                full, empty, items, posted, taken, num_experts,
+                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
             )),
         ],
         [4, 4],
