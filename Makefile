@@ -40,7 +40,8 @@ PYTEST = $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test: lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_experts.py tests/kernels/test_routing.py tests/kernels/test_exchange.py \
-		tests/kernels/test_finite.py -k "fused or routing or sentinel or written or rank or all_finite or of_several"
+		tests/kernels/test_finite.py tests/kernels/test_optim.py \
+		-k "fused or routing or sentinel or written or rank or all_finite or of_several or optim"
 	$(PYTEST) --durations 25
 
 # The larger grid of layouts, two to eight processes; on a machine with GPUs the two-rank tests use them.

@@ -274,6 +274,15 @@ def _router(result: Result) -> str:
     return markdown([*header, "forward + backward ms", "of the layer"], lines)
 
 
+def _optimizer(result: Result) -> str:
+    """Passes over all weights, ours and torch's."""
+    lines = []
+    for row in result["rows"]:
+        who = label(row["implementation"], result)
+        lines.append([row["pass"], who, ms(row, "time"), number(row["gbs"])])
+    return markdown([f"{result['weights']:,} weights", "", "ms", "GB/s"], lines)
+
+
 def _accumulate(result: Result) -> str:
     """Experts that keep their input alone beside the others; then ways to add up micro-batches."""
     lean, ways = [], []
@@ -314,8 +323,17 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "sanitize": _sanitize,
     "generate": _generate,
     "router": _router,
+    "optimizer": _optimizer,
     "accumulate": _accumulate,
 }
 
 
-SPREAD = ("train", "decode", "accumulate", "ep", "sequence", "sft")  # the tables that show one
+SPREAD = (
+    "train",
+    "decode",
+    "accumulate",
+    "ep",
+    "sequence",
+    "sft",
+    "optimizer",
+)  # the tables that show one

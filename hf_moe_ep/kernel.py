@@ -31,6 +31,9 @@ API = (
     "kernel_backends",
     "route_experts",
     "sum_rows",
+    "adamw_",
+    "scale_",
+    "square_sum",
     "first_not_finite",
 )
 

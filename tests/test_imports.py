@@ -25,7 +25,7 @@ KERNEL_LAYERS = (
     {"ahead"},
     {"autograd"},
     {"ops"},
-    {"grouped_gemm", "combine", "decode", "exchange", "finite"},
+    {"grouped_gemm", "combine", "decode", "exchange", "finite", "optim"},
     {"hopper"},
     {"routing"},
     {"backends"},

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trl import SFTConfig
 
 from ..config import DistributedConfig
+from ..training import adamw
 
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -34,12 +35,22 @@ class SFTArguments(SFTConfig):
         },
     )
 
+    fast_adamw: bool = field(
+        default=False,
+        metadata={
+            "help": "AdamW's steps and gradient clipping at the memory's bandwidth, instead of "
+            "torch's: the same formula and state as --optim adamw_torch_fused."
+        },
+    )
+
     def __post_init__(self):
         if self.sdpa_backend not in (None, *SDPA_BACKENDS):
             raise ValueError(
                 f"sdpa_backend={self.sdpa_backend!r}: choose from {', '.join(SDPA_BACKENDS)}"
             )
         super().__post_init__()
+        if self.fast_adamw:
+            adamw.check(self)
 
     def sdpa_order(self) -> AbstractContextManager:
         """While it lasts, torch's sdpa tries `sdpa_backend` first, in every thread."""

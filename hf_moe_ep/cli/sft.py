@@ -55,9 +55,11 @@ def make_trainer(script, training, model, mixture, load: Callable | None = None)
     from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
 
     from ..sequence_parallel import share_batches
-    from ..training import ShardedCheckpointMixin
+    from ..training import FastAdamWMixin, ShardedCheckpointMixin
 
-    class Trainer(ShardedCheckpointMixin, SFTTrainer):
+    adamw = (FastAdamWMixin,) if training.fast_adamw else ()
+
+    class Trainer(*adamw, ShardedCheckpointMixin, SFTTrainer):
         async_save = training.async_save
 
         def train(self, *args, **kwargs):

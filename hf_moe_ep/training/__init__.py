@@ -1,6 +1,7 @@
 """Trainer and TRL glue, and helpers for training loops of your own."""
 
 from .accumulation import AccumulateInPlaceCallback, accumulate_in_place
+from .adamw import AdamW, FastAdamWMixin
 from .callbacks import register
 from .checkpoint import CheckpointSaver, load_checkpoint, save_checkpoint
 from .checkpoint_export import export_checkpoint, export_model
@@ -16,9 +17,11 @@ from .token_counts import TokenCountCallback
 
 __all__ = [
     "AccumulateInPlaceCallback",
+    "AdamW",
     "AttentionTerm",
     "CheckpointSaver",
     "DevicePeak",
+    "FastAdamWMixin",
     "FiniteCheck",
     "FiniteCheckCallback",
     "FlopCount",

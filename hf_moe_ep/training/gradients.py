@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.trainer_pt_utils import get_parameter_names
 
+from ..kernel import get_kernel
+
 # Parameters without weight decay, by name: those of transformers' Trainer (a test compares).
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
@@ -47,7 +49,8 @@ def clip_grad_norm_(
         raise FloatingPointError(f"the gradients' norm is {total.item()}; nothing was clipped")
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     if gradients and max_norm != math.inf:
-        torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        here = [g for g in gradients if g.numel()]
+        get_kernel().scale_(here, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
 
@@ -113,5 +116,4 @@ def _square_sum(gradients: list[torch.Tensor], device: torch.device) -> torch.Te
     gradients = [g for g in gradients if g.numel()]
     if not gradients:
         return torch.zeros((), device=device)
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    return torch.stack(norms).square().sum()
+    return get_kernel().square_sum(gradients)

@@ -1,4 +1,4 @@
-"""The generation and router benchmarks: at a tiny size, and with wrong experts."""
+"""The generation, router and optimizer benchmarks: at a tiny size, and with wrong code."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from benchmarks import bench_generate, bench_router, report
+from benchmarks import bench_generate, bench_optimizer, bench_router, report
 from benchmarks.bench_sequence import TINY as TINY_SIZES
 
 TINY = ["--prompt", "4", "--new", "3", "--batches", "1,2", "--rounds", "1"]
@@ -69,6 +69,24 @@ def test_router_and_what_is_around_the_experts(tmp_path):
     assert set(rows) == {*bench_router.PARTS, "around the experts"}
     assert all(rows[p]["step_ms"] > 0 for p in bench_router.PARTS)
     assert rows["decoder layer"]["share"] == {"forward": 1.0, "step": 1.0}
+
+
+def test_optimizer_times_what_is_right(tmp_path, monkeypatch, capsys):
+    status, result = run(bench_optimizer, tmp_path / "right", "--seconds", "0.05")
+    assert status == 0 and result["error"] < 2**-7
+    assert [r["implementation"] for r in result["rows"]] == ["fastmoe", "torch"] * 3
+    for row in result["rows"]:
+        bytes_ = bench_optimizer.BYTES[row["pass"]] * result["weights"]
+        assert row["gbs"] == pytest.approx(bytes_ / row["time"]["median_ms"] / 1e6)
+    assert f"{result['weights']:,} weights" in report.table(result)
+
+    class Wrong(bench_optimizer.AdamW):
+        def __init__(self, params, **how):
+            super().__init__(params, **how | {"weight_decay": 0.0})
+
+    monkeypatch.setattr(bench_optimizer, "AdamW", Wrong)
+    assert bench_optimizer.main(["--out", str(tmp_path / "wrong")]) == 1
+    assert "differ" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
 
 
 def test_shares_by_hand():

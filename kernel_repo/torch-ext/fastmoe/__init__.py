@@ -10,12 +10,14 @@ from .finite import first_not_finite
 from .gates import Gate
 from .grouped_gemm import kernel_backends
 from .moe import fused_experts, route_experts
+from .optim import adamw_, scale_, square_sum
 from .reference import reference_experts
 from .routing import Routing, route
 
 __all__ = [
     "Gate",
     "Routing",
+    "adamw_",
     "backend_name",
     "exchange",
     "first_not_finite",
@@ -25,5 +27,7 @@ __all__ = [
     "reference_experts",
     "route",
     "route_experts",
+    "scale_",
+    "square_sum",
     "sum_rows",
 ]

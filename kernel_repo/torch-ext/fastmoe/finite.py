@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from functools import lru_cache
 
 import torch
 
 from .device import backend_name
+from .multi_tensor import is_plain, on_device, places, table
 
 WORDS = 1 << 15  # 32-bit words that a program reads: 128 KiB
 # dtype -> exponent bits of the low and the high value in a 32-bit word; all ones: not finite.
@@ -33,24 +33,18 @@ def first_not_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     example = torch.empty(0, dtype=torch.float32, device=tensors[0].device)
     served = backend_name(example) == "triton"
     for n, tensor in enumerate(tensors):
-        (launched if served and _is_plain(tensor) else others).append(n)
+        (launched if served and tensor.dtype in EXPONENTS and is_plain(tensor) else others).append(
+            n
+        )
     first = torch.full((), len(tensors), dtype=torch.int32, device=tensors[0].device)
     if launched:
         _launch(first, [tensors[n] for n in launched], tuple(launched))
     for numbers in _by_dtype(tensors, others):
         # The largest magnitude is finite exactly if all values are; a 2-norm could overflow.
         norms = torch.stack(torch._foreach_norm([tensors[n] for n in numbers], math.inf))
-        order = _on_device(tuple(numbers), first.device)
+        order = on_device(tuple(numbers), first.device)
         first = torch.minimum(first, torch.where(norms.isfinite(), len(tensors), order).min())
     return first
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.dtype in EXPONENTS
-        and tensor.is_contiguous()
-        and not (tensor.nbytes | tensor.data_ptr()) % 16
-    )
 
 
 def _by_dtype(tensors: list[torch.Tensor], numbers: list[int]) -> list[list[int]]:
@@ -64,29 +58,10 @@ def _launch(first: torch.Tensor, tensors: list[torch.Tensor], numbers: tuple[int
     from .backends.triton.finite import first_not_finite_kernel
 
     words = tuple(t.nbytes // 4 for t in tensors)
-    table = [(t.data_ptr(), w, *EXPONENTS[t.dtype]) for t, w in zip(tensors, words, strict=True)]
-    on_gpu = first.device.type == "cuda"
-    # Pinned: from other memory the copy would wait for the device.
-    table = torch.tensor(table, dtype=torch.int64, pin_memory=on_gpu)
-    table = table.to(first.device, non_blocking=True)
-    places = _places(words, first.device)
+    rows = [(t.data_ptr(), w, *EXPONENTS[t.dtype]) for t, w in zip(tensors, words, strict=True)]
+    programs = places(words, WORDS, first.device)
     with torch.cuda.device_of(first):
-        first_not_finite_kernel[(places.shape[0],)](
-            first, table, places, _on_device(numbers, first.device), WORDS, 4096, num_warps=8
-        )
-
-
-@lru_cache(8)
-def _places(words: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """(programs, 2) int32: tensor and part. Two tensors of 3 and 1 parts: 0 0, 0 1, 0 2, 1 0."""
-    parts = torch.tensor([-(-w // WORDS) for w in words])
-    tensor = torch.arange(len(words)).repeat_interleave(parts)
-    starts = parts.cumsum(0) - parts
-    part = torch.arange(int(parts.sum())) - starts[tensor]
-    return torch.stack([tensor, part], 1).to(torch.int32).to(device)
-
-
-@lru_cache(8)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """`numbers` as int32 on the device; the same few lists come in every step."""
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
+        first_not_finite_kernel[(programs.shape[0],)](
+            first, table(rows, first.device), programs, on_device(numbers, first.device),
+            WORDS, 4096, num_warps=8,
+        )  # fmt: skip

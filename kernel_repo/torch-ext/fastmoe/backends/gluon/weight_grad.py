@@ -32,7 +32,8 @@ def _tile(
 @gluon.jit
 def _produce(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-    full, empty, items, posted, taken, num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    full, empty, items, posted, taken, num_experts,
+    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -115,7 +116,8 @@ def _write_part(
 @gluon.jit
 def _consume(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-    full, empty, items, posted, taken, num_experts, P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
+    full, empty, items, posted, taken, num_experts,
+    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,

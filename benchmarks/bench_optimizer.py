@@ -1,0 +1,116 @@
+"""An optimizer's passes over all weights of Qwen3-30B-A3B geometry, 8 layers, bf16: AdamW's step
+and gradient clipping, ours beside torch's.
+
+    python -m benchmarks.bench_optimizer
+
+GB/s count the bytes that a pass cannot do without: 14 a weight in a step; in clipping 2 for the
+norm, and 4 more where the gradients are over the limit. Two steps from the same weights have to
+give the same weights and moments but for a rounding each, else exit status 1 and no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from hf_moe_ep.training import AdamW, clip_grad_norm_
+
+from . import report
+from .bench_sequence import QWEN3_30B_A3B, TINY
+from .environment import command, describe, device_slug
+from .timing import interleave
+
+LAYERS = 8
+OURS, THEIRS = "fastmoe", "torch"
+HOW = {"lr": 1e-2, "weight_decay": 0.1}  # steps that bf16 weights feel
+BYTES = {"step": 14, "clip, norm below the limit": 2, "clip, norm above the limit": 6}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench_optimizer", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of a pass")
+    parser.add_argument("--commit", help="for the record, where git cannot tell")
+    parser.add_argument("--out", type=Path, default=Path("bench_output"))
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = make_weights(device)
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = q.grad = torch.randn_like(p).mul_(1e-3)
+    optimizers = {OURS: AdamW(ours, **HOW), THEIRS: torch.optim.AdamW(theirs, fused=True, **HOW)}
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.step()
+    error = largest_error(*optimizers.values())
+    print(f"error {error:.1e}", flush=True)
+    if not error < 2 * torch.finfo(weights[0].dtype).eps:
+        print("ours and torch's AdamW differ", file=sys.stderr)
+        return 1
+    count = sum(w.numel() for w in weights)
+    rows = []
+    for name, calls in passes(optimizers, ours, theirs).items():
+        for who, spread in interleave(calls, device, args.seconds, before=lambda: None).items():
+            gbs = BYTES[name] * count / spread.median_ms / 1e6
+            rows.append({"pass": name, "implementation": who, "time": asdict(spread), "gbs": gbs})
+    result = {
+        "benchmark": "optimizer",
+        "mode": "optimizer",
+        "dtype": str(weights[0].dtype).removeprefix("torch."),
+        "weights": count,
+        "error": error,
+        "rows": rows,
+        "environment": describe(
+            device, command("python -m benchmarks.bench_optimizer", argv), args.commit
+        ),
+    }
+    path = args.out / f"optimizer-{device_slug(device)}.json"
+    report.save(result, path)
+    print(f"{report.table(result)}\n{path}")
+    return 0
+
+
+def make_weights(device: torch.device) -> list[Tensor]:
+    on_gpu = device.type == "cuda"
+    sizes = QWEN3_30B_A3B if on_gpu else TINY
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=LAYERS, **sizes))
+    torch.manual_seed(0)
+    options = {"dtype": torch.bfloat16, "device": device}
+    return [torch.randn(p.shape, **options).mul_(0.02) for p in model.parameters()]
+
+
+def largest_error(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> float:
+    """Of weights and moments, the largest norm of the difference over that of the value."""
+    worst = 0.0
+    for (p, mine), (q, other) in zip(ours.state.items(), theirs.state.items(), strict=True):
+        names = ("exp_avg", "exp_avg_sq")
+        for got, want in [(p.detach(), q.detach()), *((mine[n], other[n]) for n in names)]:
+            difference = (got.float() - want.float()).norm() / want.float().norm()
+            worst = max(worst, float(difference))
+    return worst
+
+
+def passes(optimizers: dict, ours: list, theirs: list) -> dict[str, dict[str, Callable]]:
+    """The calls of each pass. Gradients stay as they are: just over the limit is scaled by nearly
+    one."""
+    norm = float(clip_grad_norm_(ours, math.inf))
+    clip = torch.nn.utils.clip_grad_norm_
+    found = {"step": {name: optimizer.step for name, optimizer in optimizers.items()}}
+    for name, limit in zip(list(BYTES)[1:], (2 * norm, norm * (1 - 1e-6)), strict=True):
+        found[name] = {
+            OURS: lambda limit=limit: clip_grad_norm_(ours, limit),
+            THEIRS: lambda limit=limit: clip(theirs, limit),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What an optimizer's step does to many tensors, at the memory's bandwidth: the sum of squares that
+clipping needs, scaling, and AdamW.
+
+A Mixture-of-Experts model has ten times more weights than it uses for a token, so these passes take
+a sixth of a step that torch's multi-tensor kernels run at half of the bandwidth (H200, 5.5e9 bf16
+weights). One launch for all tensors of a dtype; a tensor that is not contiguous, or not a multiple
+of 16 bytes, or not on such a GPU, goes to torch's own functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .device import backend_name
+from .multi_tensor import is_plain, places, table
+
+PART = 1 << 15  # values of a tensor that a program works on
+BLOCK = 4096  # of them at once
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    """0-d fp32 on their device: the sum of the squares of all values, in fp32.
+
+    tensors: at least one, on one device, of floating dtypes and any shape, none empty. The same
+    values give the same bits.
+    """
+    from .backends.triton.optim import square_sum_kernel
+
+    served, others = _split(tensors, lambda t: (t,))
+    sums = []
+    for numbers in served:
+        group = [tensors[n] for n in numbers]
+        programs = places(tuple(t.numel() for t in group), PART, group[0].device)
+        partial = group[0].new_empty(programs.shape[0], dtype=torch.float32)
+        rows = table([(t.data_ptr(), t.numel()) for t in group], partial.device)
+        with torch.cuda.device_of(partial):
+            square_sum_kernel[(programs.shape[0],)](
+                partial, rows, programs, _triton_dtype(group[0]), PART, BLOCK, num_warps=8
+            )
+        sums.append(partial.sum())
+    for dtype in {tensors[n].dtype for n in others}:
+        group = [tensors[n] for n in others if tensors[n].dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch._foreach_norm(group, 2, dtype=wide)
+        sums.append(torch.stack(norms).square().sum().float())
+    return torch.stack(sums).sum()
+
+
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiplies all values by `factor`, 0-d fp32 on their device; reads nothing where it is 1.
+
+    tensors: as in `square_sum`.
+    """
+    from .backends.triton.optim import scale_kernel
+
+    served, others = _split(tensors, lambda t: (t,))
+    for numbers in served:
+        group = [tensors[n] for n in numbers]
+        programs = places(tuple(t.numel() for t in group), PART, factor.device)
+        rows = table([(t.data_ptr(), t.numel()) for t in group], factor.device)
+        with torch.cuda.device_of(factor):
+            scale_kernel[(programs.shape[0],)](
+                factor, rows, programs, _triton_dtype(group[0]), PART, BLOCK, num_warps=8
+            )
+    if others:
+        torch._foreach_mul_([tensors[n] for n in others], factor)
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW (arXiv 1711.05101), in place: the formula of `torch.optim.AdamW(fused)`.
+
+    The five lists go together: a parameter, its gradient and two moments have one shape and device
+    and any float dtypes; steps are 0-d fp32 there and count the steps before this one. Computed in
+    fp32, each result rounded once to its tensor's dtype.
+    """
+    from .backends.triton.optim import adamw_kernel
+
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    served, others = _split(list(range(len(params))), lambda n: tuple(part[n] for part in lists))
+    if served:
+        torch._foreach_add_([steps[n] for numbers in served for n in numbers], 1)
+    for numbers in served:
+        sizes = tuple(params[n].numel() for n in numbers)
+        device = params[numbers[0]].device
+        programs = places(sizes, PART, device)
+        rows = table(
+            [
+                (*(part[n].data_ptr() for part in lists), steps[n].data_ptr(), size)
+                for n, size in zip(numbers, sizes, strict=True)
+            ],
+            device,
+        )
+        dtypes = [_triton_dtype(part[numbers[0]]) for part in lists]
+        with torch.cuda.device_of(params[numbers[0]]):
+            adamw_kernel[(programs.shape[0],)](
+                rows, programs, float(lr), float(lr * weight_decay), float(eps),
+                *(1.0 - beta for beta in betas), *(math.log(beta) for beta in betas),
+                *dtypes, PART, BLOCK, num_warps=8,
+            )  # fmt: skip
+    if others:
+        picked = ([part[n] for n in others] for part in lists)
+        adamw(
+            *picked, [], [steps[n] for n in others], fused=True, amsgrad=False, maximize=False,
+            beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
+        )  # fmt: skip
+
+
+def _split(items: list, tensors_of: Callable) -> tuple[list[list[int]], list[int]]:
+    """Positions of the items whose tensors the kernels take, by dtypes, and of the others."""
+    served, others = defaultdict(list), []
+    for n, item in enumerate(items):
+        tensors = tensors_of(item)
+        if all(t.dtype in DTYPES and is_plain(t) and t.numel() for t in tensors) and _on_gpu(
+            tensors[0]
+        ):
+            served[tuple(t.dtype for t in tensors)].append(n)
+        else:
+            others.append(n)
+    return list(served.values()), others
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return backend_name(tensor) == "triton"
+
+
+def _triton_dtype(tensor: Tensor):
+    import triton.language as tl
+
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[
+        tensor.dtype
+    ]
