@@ -69,8 +69,9 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
             scale_kernel[(programs.shape[0],)](
                 factor, rows, programs, _triton_dtype(group[0]), PART, BLOCK, num_warps=8
             )
-    if others:
-        torch._foreach_mul_([tensors[n] for n in others], factor)
+    for n in others:  # in fp32, too: torch would round the factor to 16 bits first
+        wide = torch.promote_types(tensors[n].dtype, torch.float32)
+        tensors[n].copy_(tensors[n].to(wide) * factor)
 
 
 def adamw_(

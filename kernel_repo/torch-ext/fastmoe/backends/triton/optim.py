@@ -77,7 +77,7 @@ def adamw_kernel(
     # In fp64: in the first steps 1 - beta2^step is small.
     step = tl.load(steps).to(tl.float64)
     step_size = (lr / (1.0 - tl.exp(step * LOG_BETA1))).to(tl.float32)
-    root = tl.sqrt(1.0 - tl.exp(step * LOG_BETA2)).to(tl.float32)
+    unbias = (1.0 / tl.sqrt(1.0 - tl.exp(step * LOG_BETA2))).to(tl.float32)
     for at in range(0, PART, BLOCK):
         i = part.to(tl.int64) * PART + at + tl.arange(0, BLOCK)
         there = i < size
@@ -88,7 +88,7 @@ def adamw_kernel(
         p -= decay * p
         m += rest1 * (g - m)
         v += rest2 * (g * g - v)
-        p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        p -= step_size * (m / (tl.sqrt(v) * unbias + eps))
         tl.store(params + i, p.to(PARAM), mask=there)
         tl.store(means + i, m.to(MEAN), mask=there)
         tl.store(squares + i, v.to(SQUARE), mask=there)
