@@ -20,13 +20,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .pipeline import advance, before, copy_rows, draw, make_barriers, make_queue, take
 
 PRODUCER_WARPS = gl.constexpr(4)
+GROUP_P = gl.constexpr(16)
 
 
 @gluon.jit
 def _tile(
     t, P_TILES: gl.constexpr, Q_TILES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr
 ):
-    return t // (P_TILES * Q_TILES), (t % P_TILES) * BLOCK_P, ((t // P_TILES) % Q_TILES) * BLOCK_Q
+    """Expert, first column of p and of q of work item t.
+
+    GROUP_P tiles of p share a tile of q in L2, so that programs at work together read a square.
+    """
+    inside = t % (P_TILES * Q_TILES)
+    first = inside // (GROUP_P * Q_TILES) * GROUP_P
+    size = gl.minimum(P_TILES - first, GROUP_P)
+    inside = inside % (GROUP_P * Q_TILES)
+    p0 = (first + inside % size) * BLOCK_P
+    return t // (P_TILES * Q_TILES), p0, inside // size * BLOCK_Q
 
 
 @gluon.jit
