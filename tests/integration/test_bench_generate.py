@@ -82,7 +82,7 @@ def test_optimizer_times_what_is_right(tmp_path, monkeypatch, capsys):
 
     class Wrong(bench_optimizer.AdamW):
         def __init__(self, params, **how):
-            super().__init__(params, **how | {"weight_decay": 0.0})
+            super().__init__(params, **how | {"betas": (0.8, 0.999)})
 
     monkeypatch.setattr(bench_optimizer, "AdamW", Wrong)
     assert bench_optimizer.main(["--out", str(tmp_path / "wrong")]) == 1

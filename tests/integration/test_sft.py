@@ -172,7 +172,7 @@ def torchrun(place, output, *more):
 
 @pytest.fixture(scope="module")
 def two_ranks(place):
-    return torchrun(place, "ep", "--async_save", "true")
+    return torchrun(place, "ep", "--async_save", "true", "--fast_adamw", "true")
 
 
 def test_torchrun_with_expert_parallelism(place, single, two_ranks):

@@ -90,7 +90,8 @@ def adamw_(
 
     The five lists go together: a parameter, its gradient and two moments have one shape and device
     and any float dtypes; steps are 0-d fp32 there and count the steps before this one. Computed in
-    fp32, each result rounded once to its tensor's dtype.
+    fp32 from 1 - beta in fp64 (torch subtracts in fp32 on a GPU, 1.3e-5 off for 0.999); each result
+    is rounded once to its tensor's dtype.
     """
     from .backends.triton.optim import adamw_kernel
 
@@ -113,7 +114,8 @@ def adamw_(
         with torch.cuda.device_of(params[numbers[0]]):
             adamw_kernel[(programs.shape[0],)](
                 rows, programs, float(lr), float(lr * weight_decay), float(eps),
-                *(1.0 - beta for beta in betas), *(math.log(beta) for beta in betas),
+                *(1.0 - beta for beta in betas),
+                *(math.log(beta) if beta else -math.inf for beta in betas),
                 *dtypes, PART, BLOCK, num_warps=8,
             )  # fmt: skip
     if others:
