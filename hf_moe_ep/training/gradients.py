@@ -47,10 +47,14 @@ def clip_grad_norm_(
     total = _total_norm(parameters)
     if error_if_nonfinite and not torch.isfinite(total).item():
         raise FloatingPointError(f"the gradients' norm is {total.item()}; nothing was clipped")
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    if gradients and max_norm != math.inf:
-        here = [g for g in gradients if g.numel()]
-        get_kernel().scale_(here, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    if max_norm != math.inf:
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        by_device = defaultdict(list)
+        for gradient in (local(p.grad) for p in parameters if p.grad is not None):
+            if gradient.numel():
+                by_device[gradient.device].append(gradient)
+        for device, gradients in by_device.items():
+            get_kernel().scale_(gradients, factor.to(device))
     return total
 
 
@@ -86,30 +90,39 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of the gradient, cut as its parameter is (call it under no_grad).
+
+    Under tensor parallelism a gradient may be whole, or a sum to be made, where its parameter is
+    sharded.
+    """
+    gradient = parameter.grad
+    if isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local(gradient)
+
+
 def _total_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     """2-norm over all gradients: one sum of squares per layout, summed over its sharded axes."""
-    layouts = defaultdict(list)  # (mesh, one placement per mesh axis) -> this rank's gradients
+    # (mesh, one placement per mesh axis, device) -> this rank's gradients
+    layouts = defaultdict(list)
     for parameter in parameters:
         # By parameter, not by gradient: the collectives below must match on every rank.
         sharded = isinstance(parameter, DTensor)
         layout = (parameter.device_mesh, parameter.placements) if sharded else (None, ())
-        gradients = layouts[layout]
+        gradients = layouts[*layout, local(parameter).device]
         if parameter.grad is not None:
-            gradient = parameter.grad
-            if sharded and gradient.placements != parameter.placements:
-                gradient = gradient.redistribute(placements=parameter.placements)
-            gradients.append(local(gradient))
+            gradients.append(local_gradient(parameter))
     if not layouts:
         return torch.zeros(())
-    device = local(parameters[0]).device
     totals = []
-    for (mesh, placements), gradients in layouts.items():
+    for (mesh, placements, device), gradients in layouts.items():
         square = _square_sum(gradients, device)
         if mesh is not None:
             summed = [Replicate() if p.is_replicate() else Partial() for p in placements]
             square = DTensor.from_local(square, mesh, summed, run_check=False).full_tensor()
         totals.append(square)
-    return torch.stack(totals).sum().sqrt()
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum().sqrt()
 
 
 def _square_sum(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ process in eager. Ranks of one tp group hold the same sequences, all others diff
 
 import contextlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 
-from hf_moe_ep.training import clip_grad_norm_, param_groups
+from hf_moe_ep.training import AdamW, clip_grad_norm_, param_groups
 from tests import families
 from tests.distributed.ranks import run_ranks
 
@@ -63,9 +64,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def train(model, **rank):
+def train(model, adamw, **rank):
     """STEPS clipped AdamW steps: norms before clipping, and the parameters after the last step."""
-    optimizer = torch.optim.AdamW(param_groups(model, **ADAMW), foreach=True)
+    optimizer = adamw(param_groups(model, **ADAMW))
     norms = []
     for step in range(STEPS):
         backward(model, batch(step), **rank)
@@ -134,9 +135,10 @@ def check(model_dir, layouts):
         backward(model, batch(0), **data)
         bad = wrong(gradients(model), torch.load(model_dir / "gradients.pt"), 1e-5)
         assert not bad, f"{layout}: gradients {bad}"
-        model.zero_grad()
-        bad = wrong(train(model, **data), torch.load(model_dir / "trained.pt"), 1e-5)
-        assert not bad, f"{layout}: training {bad}"
+        for adamw in (partial(torch.optim.AdamW, foreach=True), AdamW):
+            model, data = load(model_dir, layout)
+            bad = wrong(train(model, adamw, **data), torch.load(model_dir / "trained.pt"), 1e-5)
+            assert not bad, f"{layout}: training by {adamw} {bad}"
 
 
 def wrong_with_upstream_style(model_dir, layout):

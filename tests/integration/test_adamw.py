@@ -1,9 +1,11 @@
 """AdamW at the memory's bandwidth: torch's formula, state and arguments; in Trainer and sft."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from hf_moe_ep.cli import sft
@@ -79,8 +81,45 @@ def test_a_closure_is_called_with_gradients_on():
 def test_a_state_of_another_formula_is_refused():
     ours, theirs = model_and_optimizers(amsgrad=True)
     step(*theirs, 0)
-    with pytest.raises(ValueError, match="AdamW with amsgrad"):
+    with pytest.raises(ValueError, match="for an AdamW with amsgrad"):
         ours[1].load_state_dict(copy.deepcopy(theirs[1].state_dict()))
+
+
+def test_groups_of_another_formula_are_refused_and_others_run_alike():
+    weight = torch.nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match="for an AdamW with maximize"):
+        AdamW([{"params": [weight], "maximize": True}])
+    optimizer = AdamW([{"params": [weight], "fused": False, "foreach": True}], lr=0.1)
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    assert optimizer.param_groups[0]["fused"] and weight.max() < 1
+
+
+def test_betas_may_change_from_step_to_step():
+    ours, theirs = model_and_optimizers(fused=True)
+    for seed, beta1 in enumerate((0.95, 0.85, 0.0)):
+        for _, optimizer in (ours, theirs):
+            for group in optimizer.param_groups:
+                group["betas"] = (beta1, 0.99)
+        step(*ours, seed)
+        step(*theirs, seed)
+    assert_near(ours[0], theirs[0])
+
+
+def test_fsdp1_is_refused():
+    class Sharded:
+        def create_accelerator_and_postprocess(self):
+            self.accelerator = SimpleNamespace(
+                distributed_type=DistributedType.FSDP, is_fsdp2=self.is_fsdp2
+            )
+
+    class Fast(FastAdamWMixin, Sharded):
+        is_fsdp2 = True
+
+    Fast().create_accelerator_and_postprocess()
+    Fast.is_fsdp2 = False
+    with pytest.raises(ValueError, match="FSDP1's flat parameters; use FSDP2"):
+        Fast().create_accelerator_and_postprocess()
 
 
 class FastTrainer(FastAdamWMixin, Trainer):

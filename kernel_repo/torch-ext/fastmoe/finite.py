@@ -10,7 +10,7 @@ from collections import defaultdict
 import torch
 
 from .device import backend_name
-from .multi_tensor import is_plain, on_device, places, table
+from .multi_tensor import is_aligned, on_device, places, table
 
 WORDS = 1 << 15  # 32-bit words that a program reads: 128 KiB
 # dtype -> exponent bits of the low and the high value in a 32-bit word; all ones: not finite.
@@ -30,12 +30,9 @@ def first_not_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     take a norm each.
     """
     launched, others = [], []
-    example = torch.empty(0, dtype=torch.float32, device=tensors[0].device)
-    served = backend_name(example) == "triton"
     for n, tensor in enumerate(tensors):
-        (launched if served and tensor.dtype in EXPONENTS and is_plain(tensor) else others).append(
-            n
-        )
+        plain = tensor.is_contiguous() and is_aligned(tensor)
+        (launched if plain and backend_name(tensor) == "triton" else others).append(n)
     first = torch.full((), len(tensors), dtype=torch.int32, device=tensors[0].device)
     if launched:
         _launch(first, [tensors[n] for n in launched], tuple(launched))

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether programs may read it 16 bytes at a time, from its address on."""
-    return tensor.is_contiguous() and not (tensor.nbytes | tensor.data_ptr()) % 16
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether programs may read it 16 bytes at a time, from its address to its end."""
+    return not (tensor.nbytes | tensor.data_ptr()) % 16
 
 
 def table(rows: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:

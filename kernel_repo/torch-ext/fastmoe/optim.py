@@ -2,27 +2,27 @@
 clipping needs, scaling, and AdamW.
 
 A Mixture-of-Experts model has ten times more weights than it uses for a token, so these passes take
-a sixth of a step with torch's functions, at 63% (AdamW) and 20% (clipping) of an H200's bandwidth
-over 5.6e9 bf16 weights. One launch for all tensors of a dtype; a tensor that is not contiguous, or not a multiple
-of 16 bytes, or not on such a GPU, goes to torch's own functions.
+a sixth of a step with torch's functions, at 62% (AdamW) and 19% (clipping) of an H200's bandwidth
+over 5.6e9 bf16 weights. One launch for all tensors of a device and dtype, and one for those whose
+addresses are not multiples of 16 bytes; a tensor that is not contiguous, or not on such a GPU, goes
+to torch's own functions.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .device import backend_name
-from .multi_tensor import is_plain, places, table
+from .multi_tensor import is_aligned, places, table
 
 PART = 1 << 15  # values of a tensor that a program works on
 BLOCK = 4096  # of them at once
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
@@ -33,41 +33,41 @@ def square_sum(tensors: list[Tensor]) -> Tensor:
     """
     from .backends.triton.optim import square_sum_kernel
 
-    served, others = _split(tensors, lambda t: (t,))
+    served, others = _split([(t,) for t in tensors])
     sums = []
-    for numbers in served:
+    for aligned, numbers in served:
         group = [tensors[n] for n in numbers]
         programs = places(tuple(t.numel() for t in group), PART, group[0].device)
         partial = group[0].new_empty(programs.shape[0], dtype=torch.float32)
         rows = table([(t.data_ptr(), t.numel()) for t in group], partial.device)
         with torch.cuda.device_of(partial):
             square_sum_kernel[(programs.shape[0],)](
-                partial, rows, programs, _triton_dtype(group[0]), PART, BLOCK, num_warps=8
+                partial, rows, programs, _triton_dtype(group[0]), aligned, PART, BLOCK, num_warps=8
             )
         sums.append(partial.sum())
-    for dtype in {tensors[n].dtype for n in others}:
+    for dtype in dict.fromkeys(tensors[n].dtype for n in others):
         group = [tensors[n] for n in others if tensors[n].dtype == dtype]
-        wide = torch.promote_types(dtype, torch.float32)
-        norms = torch._foreach_norm(group, 2, dtype=wide)
+        norms = torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
         sums.append(torch.stack(norms).square().sum().float())
     return torch.stack(sums).sum()
 
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiplies all values by `factor`, 0-d fp32 on their device; reads nothing where it is 1.
+    """Multiplies all values by `factor`, 0-d fp32 on their device; the kernels read nothing where
+    it is 1.
 
     tensors: as in `square_sum`.
     """
     from .backends.triton.optim import scale_kernel
 
-    served, others = _split(tensors, lambda t: (t,))
-    for numbers in served:
+    served, others = _split([(t,) for t in tensors])
+    for aligned, numbers in served:
         group = [tensors[n] for n in numbers]
         programs = places(tuple(t.numel() for t in group), PART, factor.device)
         rows = table([(t.data_ptr(), t.numel()) for t in group], factor.device)
         with torch.cuda.device_of(factor):
             scale_kernel[(programs.shape[0],)](
-                factor, rows, programs, _triton_dtype(group[0]), PART, BLOCK, num_warps=8
+                factor, rows, programs, _triton_dtype(group[0]), aligned, PART, BLOCK, num_warps=8
             )
     for n in others:  # in fp32, too: torch would round the factor to 16 bits first
         wide = torch.promote_types(tensors[n].dtype, torch.float32)
@@ -88,18 +88,18 @@ def adamw_(
 ) -> None:
     """One step of AdamW (arXiv 1711.05101), in place: the formula of `torch.optim.AdamW(fused)`.
 
-    The five lists go together: a parameter, its gradient and two moments have one shape and device
-    and any float dtypes; steps are 0-d fp32 there and count the steps before this one. Computed in
-    fp32 from 1 - beta in fp64 (torch subtracts in fp32 on a GPU, 1.3e-5 off for 0.999); each result
-    is rounded once to its tensor's dtype.
+    The five lists go together: a parameter, its gradient and two moments have one shape, device and
+    float dtype (on GPUs, where contiguous, each its own); steps are 0-d fp32 there and count the
+    steps before this one. Computed in fp32 from 1 - beta in fp64 (torch subtracts in fp32 on a GPU,
+    1.3e-5 off for 0.999); each result is rounded once to its tensor's dtype.
     """
     from .backends.triton.optim import adamw_kernel
 
     lists = (params, grads, exp_avgs, exp_avg_sqs)
-    served, others = _split(list(range(len(params))), lambda n: tuple(part[n] for part in lists))
+    served, others = _split(zip(*lists, strict=True))
     if served:
-        torch._foreach_add_([steps[n] for numbers in served for n in numbers], 1)
-    for numbers in served:
+        torch._foreach_add_([steps[n] for _, numbers in served for n in numbers], 1)
+    for aligned, numbers in served:
         sizes = tuple(params[n].numel() for n in numbers)
         device = params[numbers[0]].device
         programs = places(sizes, PART, device)
@@ -116,7 +116,7 @@ def adamw_(
                 rows, programs, float(lr), float(lr * weight_decay), float(eps),
                 *(1.0 - beta for beta in betas),
                 *(math.log(beta) if beta else -math.inf for beta in betas),
-                *dtypes, PART, BLOCK, num_warps=8,
+                *dtypes, aligned, PART, BLOCK, num_warps=8,
             )  # fmt: skip
     if others:
         picked = ([part[n] for n in others] for part in lists)
@@ -126,27 +126,22 @@ def adamw_(
         )  # fmt: skip
 
 
-def _split(items: list, tensors_of: Callable) -> tuple[list[list[int]], list[int]]:
-    """Positions of the items whose tensors the kernels take, by dtypes, and of the others."""
+def _split(items: Iterable[tuple[Tensor, ...]]) -> tuple[list[tuple[bool, list[int]]], list[int]]:
+    """Positions of the items that the kernels take, and of the others.
+
+    Of the first, lists of one device, dtypes and alignment, beside that alignment.
+    """
     served, others = defaultdict(list), []
-    for n, item in enumerate(items):
-        tensors = tensors_of(item)
-        if all(t.dtype in DTYPES and is_plain(t) and t.numel() for t in tensors) and _on_gpu(
-            tensors[0]
-        ):
-            served[tuple(t.dtype for t in tensors)].append(n)
+    for n, tensors in enumerate(items):
+        if all(backend_name(t) == "triton" and t.is_contiguous() and t.numel() for t in tensors):
+            aligned = all(is_aligned(t) for t in tensors)
+            served[aligned, tensors[0].device, *(t.dtype for t in tensors)].append(n)
         else:
             others.append(n)
-    return list(served.values()), others
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return backend_name(tensor) == "triton"
+    return [(key[0], numbers) for key, numbers in served.items()], others
 
 
 def _triton_dtype(tensor: Tensor):
     import triton.language as tl
 
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[
-        tensor.dtype
-    ]
+    return getattr(tl, str(tensor.dtype).removeprefix("torch."))
