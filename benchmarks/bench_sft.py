@@ -7,8 +7,9 @@ trained by TRL's SFTTrainer as a user would, with random weights made on the dev
     python -m benchmarks.bench_sft one_gpu:fastmoe,liger                 # some cases of a group
 
 Each case runs in processes of its own, which import side by side and train one case after the
-other; a case that fails or takes too long leaves the rest alone. Token ids are uniform, rows full,
-so routing is near uniform; the gradients' norm has to be the same in the cases of one_gpu and ep.
+other; a case that fails or takes too long leaves the rest alone. Token ids are uniform, rows full:
+routing as even as random weights give it (the logs say how even). The gradients' norm has to be the
+same in the cases of one_gpu and ep.
 A step lasts from the end of one to the end of the next by the device's clock, with data loading and
 logging. MFU: model FLOPs with non-causal attention and without recomputation over the dense peak.
 On CPUs: tiny sizes. Exit status 1 where a case failed.
