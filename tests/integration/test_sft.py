@@ -165,7 +165,7 @@ def torchrun(place, output, *more):
     """Two ranks with half of the experts each, which save after every step."""
     run = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
     flags = ("--output_dir", str(place / output), "--ep_size", "2", "--save_steps", "1")
-    flags += ("--fast_adamw", "true")
+    flags += ("--fast_adamw", "true", "--dataloader_num_workers", "1")
     flags = arguments(place, *flags, "--per_device_train_batch_size", "2", *more)
     launch(*run, "-m", "hf_moe_ep", "sft", *flags)
     return logs(place / output), AutoModelForCausalLM.from_pretrained(place / output).state_dict()
