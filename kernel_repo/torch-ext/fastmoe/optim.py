@@ -132,10 +132,13 @@ def _split(items: Iterable[tuple[Tensor, ...]]) -> tuple[list[tuple[bool, list[i
     Of the first, lists of one device, dtypes and alignment, beside that alignment.
     """
     served, others = defaultdict(list), []
+    kinds: dict[tuple, bool] = {}  # asked once each: a model has hundreds of tensors of few kinds
     for n, tensors in enumerate(items):
-        if all(backend_name(t) == "triton" and t.is_contiguous() and t.numel() for t in tensors):
-            aligned = all(is_aligned(t) for t in tensors)
-            served[aligned, tensors[0].device, *(t.dtype for t in tensors)].append(n)
+        kind = (tensors[0].device, *[t.dtype for t in tensors])
+        if kind not in kinds:
+            kinds[kind] = all(backend_name(t) == "triton" for t in tensors)
+        if kinds[kind] and tensors[0].numel() and all(map(Tensor.is_contiguous, tensors)):
+            served[all(map(is_aligned, tensors)), *kind].append(n)
         else:
             others.append(n)
     return [(key[0], numbers) for key, numbers in served.items()], others
