@@ -25,7 +25,6 @@ from hf_moe_ep.training import AdamW, clip_grad_norm_
 
 from . import report
 from .bench_sequence import QWEN3_30B_A3B, TINY
-from .environment import command, describe, device_slug
 from .timing import interleave
 
 LAYERS = 8
@@ -76,13 +75,8 @@ def main(argv: list[str]) -> int:
         "weights": count,
         "error": error,
         "rows": rows,
-        "environment": describe(
-            device, command("python -m benchmarks.bench_optimizer", argv), args.commit
-        ),
     }
-    path = args.out / f"optimizer-{device_slug(device)}.json"
-    report.save(result, path)
-    print(f"{report.table(result)}\n{path}")
+    report.finish(result, "bench_optimizer", argv, args, device)
     return 0
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from . import report
 from .bench_generate import make_model
-from .environment import command, describe, device_slug
 from .kernel_times import launches
 
 PARTS = ("decoder layer", "sparse block", "experts", "router")
@@ -46,13 +45,8 @@ def main(argv: list[str]) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": args.sequences * args.length,
         "rows": rows_of({name: times(*calls[name], device) for name in PARTS}),
-        "environment": describe(
-            device, command("python -m benchmarks.bench_router", argv), args.commit
-        ),
     }
-    path = args.out / f"router-{device_slug(device)}.json"
-    report.save(result, path)
-    print(f"{report.table(result)}\n{path}")
+    report.finish(result, "bench_router", argv, args, device)
     return 0
 
 

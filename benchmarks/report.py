@@ -14,7 +14,10 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 from .cells import Result, Row, ms, number, status
+from .environment import command, describe, device_slug
 from .tables import SPREAD, TABLES
 
 HERE = Path(__file__).resolve().parent
@@ -86,6 +89,15 @@ def save(result: Result, path: Path) -> None:
     """Writes a result as load() reads it; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def finish(result: Result, program: str, argv: list[str], args, device: torch.device) -> None:
+    """Adds on what and by which command a result was measured, writes it to args.out, prints it."""
+    said = command(f"python -m benchmarks.{program}", argv)
+    result["environment"] = describe(device, said, args.commit)
+    path = args.out / f"{result['mode']}-{device_slug(device)}.json"
+    save(result, path)
+    print(f"{table(result)}\n{path}")
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:

@@ -25,7 +25,6 @@ import torch
 from hf_moe_ep.kernel import get_kernel
 
 from . import report
-from .environment import command, describe, device_slug
 from .problems import Inputs, Problem, make_inputs
 
 TOOLS = ("memcheck", "racecheck")
@@ -168,13 +167,8 @@ def main(argv: list[str]) -> int:
         "mode": "sanitize",
         "dtype": ", ".join(dict.fromkeys(dtype for _, dtype in CASES)),
         "rows": rows,
-        "environment": describe(
-            device, command("python -m benchmarks.sanitize", argv), args.commit
-        ),
     }
-    path = args.out / f"sanitize-{device_slug(device)}.json"
-    report.save(result, path)
-    print(f"{report.table(result)}\n{path}")
+    report.finish(result, "sanitize", argv, args, device)
     return int(any(row["errors"] or row["warnings"] for row in rows))
 
 

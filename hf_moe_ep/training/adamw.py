@@ -1,4 +1,4 @@
-"""AdamW and gradient clipping at the memory's bandwidth, one launch for all tensors of a dtype.
+"""AdamW and gradient clipping at the memory's bandwidth, one launch for the tensors of a dtype.
 
 The weights of a Mixture-of-Experts model outnumber those it uses for a token ten to one, so these
 passes over all of them take a sixth of a step, and torch's run them at 62% (AdamW) and 19%

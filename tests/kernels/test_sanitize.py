@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import sanitize
+from benchmarks import report, sanitize
 from tests.kernels.common import DEVICE
 
 CLEAN = {
@@ -67,8 +67,8 @@ def test_a_run_that_broke_off_is_no_clean_run(tool):
 def test_a_warning_fails_the_command(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sanitize.subprocess, "check_call", lambda *a, **k: 0)
-    monkeypatch.setattr(sanitize, "describe", lambda *a: ENVIRONMENT)
-    monkeypatch.setattr(sanitize, "device_slug", lambda device: "test")
+    monkeypatch.setattr(report, "describe", lambda *a: ENVIRONMENT)
+    monkeypatch.setattr(report, "device_slug", lambda device: "test")
     tool({**CLEAN, "racecheck": BAD["racecheck"]})
     assert sanitize.main(["--out", str(tmp_path)]) == 1
     rows = json.loads((tmp_path / "sanitize-test.json").read_text())["rows"]

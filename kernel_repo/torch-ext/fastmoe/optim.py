@@ -36,13 +36,12 @@ def square_sum(tensors: list[Tensor]) -> Tensor:
     served, others = _split([(t,) for t in tensors])
     sums = []
     for aligned, numbers in served:
-        group = [tensors[n] for n in numbers]
-        programs = places(tuple(t.numel() for t in group), PART, group[0].device)
-        partial = group[0].new_empty(programs.shape[0], dtype=torch.float32)
-        rows = table([(t.data_ptr(), t.numel()) for t in group], partial.device)
+        rows, programs = _work([tensors], numbers)
+        example = tensors[numbers[0]]
+        partial = example.new_empty(programs.shape[0], dtype=torch.float32)
         with torch.cuda.device_of(partial):
             square_sum_kernel[(programs.shape[0],)](
-                partial, rows, programs, _triton_dtype(group[0]), aligned, PART, BLOCK, num_warps=8
+                partial, rows, programs, _triton_dtype(example), aligned, PART, BLOCK, num_warps=8
             )
         sums.append(partial.sum())
     for dtype in dict.fromkeys(tensors[n].dtype for n in others):
@@ -62,12 +61,11 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
     served, others = _split([(t,) for t in tensors])
     for aligned, numbers in served:
-        group = [tensors[n] for n in numbers]
-        programs = places(tuple(t.numel() for t in group), PART, factor.device)
-        rows = table([(t.data_ptr(), t.numel()) for t in group], factor.device)
+        rows, programs = _work([tensors], numbers)
+        dtype = _triton_dtype(tensors[numbers[0]])
         with torch.cuda.device_of(factor):
             scale_kernel[(programs.shape[0],)](
-                factor, rows, programs, _triton_dtype(group[0]), aligned, PART, BLOCK, num_warps=8
+                factor, rows, programs, dtype, aligned, PART, BLOCK, num_warps=8
             )
     for n in others:  # in fp32, too: torch would round the factor to 16 bits first
         wide = torch.promote_types(tensors[n].dtype, torch.float32)
@@ -100,16 +98,7 @@ def adamw_(
     if served:
         torch._foreach_add_([steps[n] for _, numbers in served for n in numbers], 1)
     for aligned, numbers in served:
-        sizes = tuple(params[n].numel() for n in numbers)
-        device = params[numbers[0]].device
-        programs = places(sizes, PART, device)
-        rows = table(
-            [
-                (*(part[n].data_ptr() for part in lists), steps[n].data_ptr(), size)
-                for n, size in zip(numbers, sizes, strict=True)
-            ],
-            device,
-        )
+        rows, programs = _work([*lists, steps], numbers)
         dtypes = [_triton_dtype(part[numbers[0]]) for part in lists]
         with torch.cuda.device_of(params[numbers[0]]):
             adamw_kernel[(programs.shape[0],)](
@@ -142,6 +131,17 @@ def _split(items: Iterable[tuple[Tensor, ...]]) -> tuple[list[tuple[bool, list[i
         else:
             others.append(n)
     return [(key[0], numbers) for key, numbers in served.items()], others
+
+
+def _work(lists: list[list[Tensor]], numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """What the kernels call table and places, of these positions: a row has the address of the
+    tensor in each list, and the size of the first.
+    """
+    sizes = tuple(lists[0][n].numel() for n in numbers)
+    addresses = zip(*([part[n].data_ptr() for n in numbers] for part in lists), strict=True)
+    rows = [(*found, size) for found, size in zip(addresses, sizes, strict=True)]
+    device = lists[0][numbers[0]].device
+    return table(rows, device), places(sizes, PART, device)
 
 
 def _triton_dtype(tensor: Tensor):
