@@ -17,24 +17,25 @@ SHARED_MEMORY = 232_448  # bytes one program may have
 
 
 def descriptor(dtype: str, bits: int, *block: int) -> str:
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(block))
     return f"tensordesc<{dtype}[{', '.join(map(str, block))}],{layout!r}>"
 
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("add", [None, "bf16", "fp32"])
-def test_fits_a_hopper_gpu_and_adds_by_bulk_copies(add, transpose):
+@pytest.mark.parametrize("width", [2048, 2880])  # a multiple of the tile, and not
+def test_fits_a_hopper_gpu_and_adds_by_bulk_copies(width, add, transpose):
     bits = 32 if add == "fp32" else 16
     half, columns = hopper._BLOCK_M // 2, hopper._TILE_N * 16 // bits
-    block = (columns, half) if transpose else (half, columns)
+    block = (1, half, columns) if transpose else (1, columns, half)
     types = dict(
-        p_desc=descriptor("bf16", 16, hopper._BLOCK_K, hopper._BLOCK_M), q_ptr="*bf16",
+        p_desc=descriptor("bf16", 16, hopper._BLOCK_K, hopper._TILE_N), q_ptr="*bf16",
         out_desc=descriptor(add or "bf16", bits, *block),
         perm_ptr="*i32", offsets_ptr="*i32", next_ptr="*i32", num_experts="i32",
     )  # fmt: skip
     values = dict(
-        P=1536, Q=2048, TOP_K=8, TRANSPOSE=transpose, ADD=add is not None,
-        BLOCK_P=hopper._BLOCK_M, BLOCK_Q=hopper._TILE_N, BLOCK_K=hopper._BLOCK_K,
+        P=width, Q=width, TOP_K=8, TRANSPOSE=transpose, ADD=add is not None,
+        BLOCK_P=hopper._TILE_N, BLOCK_Q=hopper._BLOCK_M, BLOCK_K=hopper._BLOCK_K,
         STAGES=hopper._STAGES,
     )  # fmt: skip
     names = [p.name for p in weight_grad_kernel.params]
@@ -48,7 +49,7 @@ def test_fits_a_hopper_gpu_and_adds_by_bulk_copies(add, transpose):
     compiled = triton.compile(source, target=target, options=dict(num_warps=4))
     assert 0 < compiled.metadata.shared <= SHARED_MEMORY
     ptx = compiled.asm["ptx"]
-    stores = ptx.count("cp.async.bulk.tensor.2d.global.shared")
-    adds = ptx.count("cp.reduce.async.bulk.tensor.2d.global.shared")
+    stores = ptx.count("cp.async.bulk.tensor.3d.global.shared")
+    adds = ptx.count("cp.reduce.async.bulk.tensor.3d.global.shared")
     writes = 4 if add == "fp32" else 2  # by each of two warpgroups, halves of an fp32 tile
     assert (stores, adds) == ((0, writes) if add else (writes, 0))

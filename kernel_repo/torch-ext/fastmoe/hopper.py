@@ -91,7 +91,7 @@ def gate_backward(
 def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
     """Whether the kernel takes p (S, P) and gathered q (T, Q).
 
-    It does if they are 16-bit and aligned, P and Q multiples of its tile.
+    It does if they are 16-bit and their rows aligned.
     """
     if (
         p.dtype not in (torch.bfloat16, torch.float16)
@@ -99,8 +99,7 @@ def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
         or not available(p.device)
     ):
         return False
-    aligned = all(t.data_ptr() % 16 == 0 for t in (p, q))
-    return aligned and p.shape[0] > 0 and p.shape[1] % _BLOCK_M == 0 and q.shape[1] % _TILE_N == 0
+    return p.shape[0] > 0 and all(t.data_ptr() % 16 == 0 and t.shape[1] % 8 == 0 for t in (p, q))
 
 
 def weight_grad(
@@ -114,13 +113,14 @@ def weight_grad(
 
     half, columns = _BLOCK_M // 2, _TILE_N * 2 // out.element_size()  # of the buffer for results
     programs = num_programs(p.device)
-    out_block = (columns, half) if transpose_out else (half, columns)
+    out_block = (1, half, columns) if transpose_out else (1, columns, half)
     launch(
         weight_grad_kernel, (programs,),
-        (_tiles(p, (_BLOCK_K, _BLOCK_M)), q, _tiles(out, out_block), r.perm, r.offsets,
+        (_tiles(p, (_BLOCK_K, _TILE_N)), q, Tiles(out, tuple(out.shape), out_block,
+         _tile_layout(8 * out.element_size(), 3)), r.perm, r.offsets,
          torch.zeros(1, dtype=torch.int32, device=p.device)), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
-         _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES),
+         _TILE_N, _BLOCK_M, _BLOCK_K, _STAGES),
         num_warps=4,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def _tiles(array: torch.Tensor, block: tuple[int, int]) -> Tiles:
 
 
 @lru_cache
-def _tile_layout(bits: int):
+def _tile_layout(bits: int, rank: int = 2):
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)

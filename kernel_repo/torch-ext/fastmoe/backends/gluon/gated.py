@@ -49,7 +49,7 @@ def _tile(t, num_m, tiles_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
 def _produce(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-    x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+    x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -98,7 +98,7 @@ def _produce(
 def _multiply(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-    x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+    x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -155,7 +155,7 @@ def _multiply(
 def _finish(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-    x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+    x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -176,7 +176,7 @@ def _finish(
         cols = jn * BLOCK_N + j
         _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M)
         for early in gl.static_range(H_STAGES):
-            _read_h(h_bufs, early, h_ptr, row0 + early * STEP + i, cols, end, N)
+            _read_h(g_bufs, u_bufs, early, h_ptr, row0 + early * STEP + i, cols, end, N)
         for half in range(2):
             mbarrier.wait(dumped.index(half), turn)
             for k in range(STEPS):
@@ -185,12 +185,12 @@ def _finish(
                 rows = row0 + step * STEP + i
                 async_copy.wait_group(H_STAGES - 1)
                 _write_rows(
-                    sums.index(step).load(layout), h_bufs.index(2 * slot).load(layout),
-                    h_bufs.index(2 * slot + 1).load(layout),
+                    sums.index(step).load(layout), g_bufs.index(slot).load(layout),
+                    u_bufs.index(slot).load(layout),
                     s_buf.index(step).load(gl.SliceLayout(1, layout)), rows, cols, end, last,
                     grad_h_ptr, a_ptr, dots_ptr, jn, N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, N_TILES,
                 )  # fmt: skip
-                _read_h(h_bufs, slot, h_ptr, rows + H_STAGES * STEP, cols, end, N)
+                _read_h(g_bufs, u_bufs, slot, h_ptr, rows + H_STAGES * STEP, cols, end, N)
             mbarrier.arrive(drained.index(half), count=1)
         async_copy.wait_group(0)
         turn ^= 1
@@ -207,12 +207,12 @@ def _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M: gl.constexpr
 
 
 @gluon.jit
-def _read_h(h_bufs, slot, h_ptr, rows, cols, end, N: gl.constexpr):
+def _read_h(g_bufs, u_bufs, slot, h_ptr, rows, cols, end, N: gl.constexpr):
     """Starts copying g and u of h at these rows and columns, zero where there is none."""
     exists = gl.expand_dims(rows < end, 1) & gl.expand_dims(cols < N, 0)
     at = _at(h_ptr, rows, cols, 2 * N)
-    async_copy.async_copy_global_to_shared(h_bufs.index(2 * slot), at, mask=exists)
-    async_copy.async_copy_global_to_shared(h_bufs.index(2 * slot + 1), at + N, mask=exists)
+    async_copy.async_copy_global_to_shared(g_bufs.index(slot), at, mask=exists)
+    async_copy.async_copy_global_to_shared(u_bufs.index(slot), at + N, mask=exists)
     async_copy.commit_group()
 
 
@@ -290,7 +290,8 @@ def gate_backward_kernel(
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], w_desc.layout)
     w_bufs = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
     d_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, BLOCK_N], plain)
-    h_bufs = gl.allocate_shared_memory(dtype, [2 * H_STAGES, STEP, BLOCK_N], plain)
+    g_bufs = gl.allocate_shared_memory(dtype, [H_STAGES, STEP, BLOCK_N], plain)
+    u_bufs = gl.allocate_shared_memory(dtype, [H_STAGES, STEP, BLOCK_N], plain)
     s_buf = gl.allocate_shared_memory(gl.float32, [BLOCK_M // STEP, STEP], scalars)
     full, empty = make_barriers(STAGES, PRODUCER_WARPS)
     dumped = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -303,28 +304,28 @@ def gate_backward_kernel(
             (_multiply, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
                 perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-                x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(0),
             )),
             (_multiply, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
                 perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-                x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(1),
             )),
             (_produce, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
                 perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-                x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
             )),
             (_finish, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
                 perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
-                x_bufs, w_bufs, d_bufs, h_bufs, s_buf, full, empty, dumped, drained,
+                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
             )),

@@ -53,37 +53,52 @@ def copy_rows(buffer, pointers, exists, barrier):
 
 @gluon.jit
 def make_queue():
-    """(items, posted, taken): two places for the numbers of tiles that the producer draws."""
-    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    """(tiles, depths, posted, taken): two places, each a tile's number and its depth in rows."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tiles = gl.allocate_shared_memory(gl.int32, [2, 1], layout)
+    depths = gl.allocate_shared_memory(gl.int32, [2, 1], layout)
     posted = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(2):
         mbarrier.init(posted.index(place), count=1)
         mbarrier.init(taken.index(place), count=CONSUMERS)
-    return items, posted, taken
+    return tiles, depths, posted, taken
 
 
 @gluon.jit
-def draw(next_ptr, items, posted, taken, turn, WARPS: gl.constexpr):
-    """The producer's next tile: the next number that no program has drawn, told to its consumers.
-
-    `turn` counts the calls from 0.
-    """
+def draw(next_ptr, WARPS: gl.constexpr):
+    """Start to draw the next number that no program has drawn; `drawn` waits for it."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    t = gl.atomic_add(next_ptr, 1)
+    lane = gl.arange(0, 32 * WARPS, layout)
+    one = gl.full([32 * WARPS], 1, gl.int32, layout)
+    return gl.atomic_add(next_ptr + lane, one, mask=lane == 0)
+
+
+@gluon.jit
+def drawn(ticket, WARPS: gl.constexpr):
+    """The number that `draw` drew."""
+    lane = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return gl.max(gl.where(lane == 0, ticket, 0), 0)
+
+
+@gluon.jit
+def post(tiles, depths, posted, taken, turn, t, depth, WARPS: gl.constexpr):
+    """The producer tells its consumers a tile and its depth; `turn` counts the calls from 0."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     place = turn % 2
     mbarrier.wait(taken.index(place), (turn // 2 + 1) % 2)
-    items.index(place).store(gl.full([1], t, gl.int32, layout))
+    tiles.index(place).store(gl.full([1], t, gl.int32, layout))
+    depths.index(place).store(gl.full([1], depth, gl.int32, layout))
     mbarrier.arrive(posted.index(place), count=1)
-    return t
 
 
 @gluon.jit
-def take(items, posted, taken, turn):
-    """The tile that the producer drew at this turn; called by warpgroups of four warps."""
+def take(tiles, depths, posted, taken, turn):
+    """What the producer posted at this turn; called by warpgroups of four warps."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     place = turn % 2
     mbarrier.wait(posted.index(place), (turn // 2) % 2)
-    t = gl.max(items.index(place).load(layout), 0)
+    t = gl.max(tiles.index(place).load(layout), 0)
+    depth = gl.max(depths.index(place).load(layout), 0)
     mbarrier.arrive(taken.index(place), count=1)
-    return t
+    return t, depth

@@ -1,8 +1,8 @@
 """The weight gradient over gathered rows: per expert a GEMM whose depth is data.
 
 Shapes: p (S, P) sorted by expert, q (T, Q) gathered through perm, out (E, P, Q) or transposed
-(E, Q, P), written by bulk copies. P and Q are multiples of the tile; p is finite in every row of a
-tile in use (q is zero past the expert's last row, so p need not be).
+(E, Q, P), written by bulk copies, which leave out what lies past P or Q; p is finite in every row
+of a tile in use (q is zero past the expert's last row, so p need not be).
 """
 
 from triton._C.libtriton import ir
@@ -17,10 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import advance, before, copy_rows, draw, make_barriers, make_queue, take
+from .pipeline import (
+    advance,
+    before,
+    copy_rows,
+    draw,
+    drawn,
+    make_barriers,
+    make_queue,
+    post,
+    take,
+)
 
 PRODUCER_WARPS = gl.constexpr(4)
-GROUP_P = gl.constexpr(16)
+GROUP_P = gl.constexpr(8)
 
 
 @gluon.jit
@@ -40,41 +50,66 @@ def _tile(
 
 
 @gluon.jit
+def _bounds(t, offsets_ptr, num_experts, TILES: gl.constexpr):
+    """The first row of work item t's expert and the row past its last; of none past the end."""
+    e = t // TILES
+    exists = e < num_experts
+    lo = gl.load(offsets_ptr + e, mask=exists, other=0)
+    return lo, gl.load(offsets_ptr + e + 1, mask=exists, other=0)
+
+
+@gluon.jit
 def _produce(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-    full, empty, items, posted, taken, num_experts,
+    full, empty, tiles, depths, posted, taken, num_experts,
     P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    P_TILES: gl.constexpr = P // BLOCK_P
-    Q_TILES: gl.constexpr = Q // BLOCK_Q
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [PRODUCER_WARPS, 1], [1, 0])
+    P_TILES: gl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    Q_TILES: gl.constexpr = (Q + BLOCK_Q - 1) // BLOCK_Q
+    TILES: gl.constexpr = P_TILES * Q_TILES
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [PRODUCER_WARPS, 1], [1, 0])
     j = gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
     cols = gl.expand_dims(gl.arange(0, BLOCK_Q, gl.SliceLayout(0, layout)), 0)
     stage = 0
     phase = 0
     turn = 0
-    t = draw(next_ptr, items, posted, taken, turn, PRODUCER_WARPS)
-    while t < num_experts * P_TILES * Q_TILES:
+    # A tile's number is drawn two tiles ahead, its bounds are read one tile ahead, and the slots of
+    # its first rows during the last step before it.
+    t = drawn(draw(next_ptr, PRODUCER_WARPS), PRODUCER_WARPS)
+    ticket = draw(next_ptr, PRODUCER_WARPS)
+    lo, hi = _bounds(t, offsets_ptr, num_experts, TILES)
+    slots = gl.load(perm_ptr + lo + j, mask=lo + j < hi, other=0)
+    while t < num_experts * TILES:
+        post(tiles, depths, posted, taken, turn, t, hi - lo, PRODUCER_WARPS)
         e, p0, q0 = _tile(t, P_TILES, Q_TILES, BLOCK_P, BLOCK_Q)
-        lo = gl.load(offsets_ptr + e)
-        hi = gl.load(offsets_ptr + e + 1)
-        slots = gl.load(perm_ptr + lo + j, mask=lo + j < hi, other=0)
+        t = drawn(ticket, PRODUCER_WARPS)
+        ticket = draw(next_ptr, PRODUCER_WARPS)
+        next_lo, next_hi = _bounds(t, offsets_ptr, num_experts, TILES)
         for k0 in range(lo, hi, BLOCK_K):
             exists = gl.expand_dims(k0 + j < hi, 1)
+            if Q % BLOCK_Q != 0:
+                exists = exists & (q0 + cols < Q)
             pointers = gl.expand_dims(q_ptr + (slots // TOP_K).to(gl.int64) * Q + q0, 1) + cols
-            following = k0 + BLOCK_K + j
-            slots = gl.load(perm_ptr + following, mask=following < hi, other=0)
+            last = k0 + BLOCK_K >= hi
+            following = gl.where(last, next_lo, k0 + BLOCK_K) + j
+            slots = gl.load(
+                perm_ptr + following, mask=following < gl.where(last, next_hi, hi), other=0
+            )
             barrier = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(barrier, p_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(p_desc, [k0, p0], barrier, p_bufs.index(stage))
             copy_rows(q_bufs.index(stage), pointers, exists, barrier)
             stage, phase = advance(stage, phase, STAGES)
+        if lo == hi:
+            slots = gl.load(perm_ptr + next_lo + j, mask=next_lo + j < next_hi, other=0)
+        lo = next_lo
+        hi = next_hi
         turn += 1
-        t = draw(next_ptr, items, posted, taken, turn, PRODUCER_WARPS)
+    post(tiles, depths, posted, taken, turn, t, 0, PRODUCER_WARPS)
 
 
 @builtin
@@ -87,83 +122,73 @@ def _add_shared_to_global(desc, coord, source, _semantic=None):
 
 
 @gluon.jit
-def _write(
-    out_desc, out, acc, e, p0, q0,
-    P: gl.constexpr, Q: gl.constexpr, TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
-):  # fmt: skip
-    """A tile through the store buffer `out`, which holds one half of an fp32 one at a time."""
-    if out_desc.dtype == gl.float32:
-        ROWS: gl.constexpr = acc.shape[0]
-        HALF: gl.constexpr = acc.shape[1] // 2
-        left, right = acc.reshape((ROWS, 2, HALF)).permute((0, 2, 1)).split()
-        _write_part(out_desc, out, left, e, p0, q0, P, Q, TRANSPOSE, ADD)
-        _write_part(out_desc, out, right, e, p0, q0 + HALF, P, Q, TRANSPOSE, ADD)
+def _write(out_desc, out, acc, e, p0, q0, TRANSPOSE: gl.constexpr, ADD: gl.constexpr):
+    """A tile, q by p, through the store buffer `out`, which holds half of an fp32 one."""
+    COLUMNS: gl.constexpr = acc.shape[1]
+    if out.shape[2 if TRANSPOSE else 1] < COLUMNS:
+        left, right = acc.reshape((acc.shape[0], 2, COLUMNS // 2)).permute((0, 2, 1)).split()
+        _write_part(out_desc, out, left, e, p0, q0, TRANSPOSE, ADD)
+        _write_part(out_desc, out, right, e, p0 + COLUMNS // 2, q0, TRANSPOSE, ADD)
     else:
-        _write_part(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
+        _write_part(out_desc, out, acc, e, p0, q0, TRANSPOSE, ADD)
 
 
 @gluon.jit
-def _write_part(
-    out_desc, out, acc, e, p0, q0,
-    P: gl.constexpr, Q: gl.constexpr, TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
-):  # fmt: skip
+def _write_part(out_desc, out, acc, e, p0, q0, TRANSPOSE: gl.constexpr, ADD: gl.constexpr):
     tma.store_wait(0)
+    matrix = out.reshape(out_desc.block_type.shape[1:])
     if TRANSPOSE:
-        row = e * Q + q0
-        column = p0
-        out.permute((1, 0)).store(acc.to(out_desc.dtype))
+        at = [e, q0, p0]
+        matrix.store(acc.to(out_desc.dtype))
     else:
-        row = e * P + p0
-        column = q0
-        out.store(acc.to(out_desc.dtype))
+        at = [e, p0, q0]
+        matrix.permute((1, 0)).store(acc.to(out_desc.dtype))
     fence_async_shared()
     if ADD:
-        _add_shared_to_global(out_desc, [row, column], out)
+        _add_shared_to_global(out_desc, at, out)
     else:
-        tma.async_copy_shared_to_global(out_desc, [row, column], out)
+        tma.async_copy_shared_to_global(out_desc, at, out)
 
 
 @gluon.jit
 def _consume(
     p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-    full, empty, items, posted, taken, num_experts,
+    full, empty, tiles, depths, posted, taken, num_experts,
     P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
     TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
     BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    P_TILES: gl.constexpr = P // BLOCK_P
-    Q_TILES: gl.constexpr = Q // BLOCK_Q
-    HALF: gl.constexpr = BLOCK_P // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
+    P_TILES: gl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    Q_TILES: gl.constexpr = (Q + BLOCK_Q - 1) // BLOCK_Q
+    HALF: gl.constexpr = BLOCK_Q // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_P, 16])
     out = out_bufs.index(GROUP)
     stage = 0
     phase = 0
     turn = 0
-    t = take(items, posted, taken, turn)
+    t, depth = take(tiles, depths, posted, taken, turn)
     while t < num_experts * P_TILES * Q_TILES:
         e, p0, q0 = _tile(t, P_TILES, Q_TILES, BLOCK_P, BLOCK_Q)
-        p0 += GROUP * HALF
-        lo = gl.load(offsets_ptr + e)
-        hi = gl.load(offsets_ptr + e + 1)
-        acc = gl.zeros((HALF, BLOCK_Q), gl.float32, layout)
-        for k0 in range(lo, hi, BLOCK_K):
+        q0 += GROUP * HALF
+        acc = gl.zeros((HALF, BLOCK_P), gl.float32, layout)
+        for k0 in range(0, depth, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # cp.async wrote q, wgmma reads it through the other proxy
-            a = p_bufs.index(stage).slice(GROUP * HALF, HALF, 1).permute((1, 0))
-            acc = warpgroup_mma(a, q_bufs.index(stage), acc, is_async=True)
+            q_k = q_bufs.index(stage).slice(GROUP * HALF, HALF, 1).permute((1, 0))
+            acc = warpgroup_mma(q_k, p_bufs.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != lo)
+            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != 0)
             stage, phase = advance(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=hi > lo)
+        mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=depth > 0)
         if ADD:
-            if lo < hi:
-                _write(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
+            if depth > 0:
+                _write(out_desc, out, acc, e, p0, q0, TRANSPOSE, ADD)
         else:
-            _write(out_desc, out, acc, e, p0, q0, P, Q, TRANSPOSE, ADD)
+            _write(out_desc, out, acc, e, p0, q0, TRANSPOSE, ADD)
         turn += 1
-        t = take(items, posted, taken, turn)
+        t, depth = take(tiles, depths, posted, taken, turn)
     tma.store_wait(0)
 
 
@@ -191,24 +216,24 @@ def weight_grad_kernel(
         out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
     )
     full, empty = make_barriers(STAGES, PRODUCER_WARPS)
-    items, posted, taken = make_queue()
+    tiles, depths, posted, taken = make_queue()
     gl.warp_specialize(
         [
             (_consume, (
                 p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, items, posted, taken, num_experts,
+                full, empty, tiles, depths, posted, taken, num_experts,
                 P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
                 gl.constexpr(0),
             )),
             (_consume, (
                 p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, items, posted, taken, num_experts,
+                full, empty, tiles, depths, posted, taken, num_experts,
                 P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
                 gl.constexpr(1),
             )),
             (_produce, (
                 p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, items, posted, taken, num_experts,
+                full, empty, tiles, depths, posted, taken, num_experts,
                 P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
             )),
         ],
