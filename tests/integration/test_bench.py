@@ -42,6 +42,21 @@ def settings(*names: str, dtype=torch.float32) -> layer.Settings:
     return layer.Settings(CPU, dtype, 0.01, names, None)
 
 
+# --- decode ---
+
+
+@pytest.mark.parametrize("sentinels", [0.0, 0.3])
+def test_the_calls_of_a_graph_have_experts_of_their_own(sentinels):
+    p = Problem("few", 2, 32, 16, 32, 3, sentinels=sentinels)
+    inputs = make_inputs(p, torch.float32)
+    layers = layer._disjoint(p, inputs)
+    sets = [set(i.top_k_index.unique().tolist()) for i in layers]
+    experts = [s & set(range(p.E)) for s in sets]
+    assert layers[0] is inputs and len(layers) == p.E // len(experts[0]) > 1
+    assert len(set.union(*experts)) == sum(map(len, experts)) == len(layers) * len(experts[0])
+    assert all(s - e == sets[0] - experts[0] for s, e in zip(sets, experts, strict=True))
+
+
 # --- lean experts and accumulation ---
 
 

@@ -28,7 +28,7 @@ def train(folder, calls, *trainer_callbacks, **options):
         activation_checkpointing=True,
         save_strategy="no",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=torch.cuda.device_count() != 1,  # several would train side by side
         **{"report_to": []} | options,
     )
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(3))
