@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.gated import gate_forward
+from ..triton.gemm import in_groups
 from .pipeline import advance, before, copy_rows, make_barriers
 
 PRODUCER_WARPS = gl.constexpr(2)
@@ -32,17 +33,11 @@ H_STAGES = gl.constexpr(3)  # steps of h that it reads ahead
 
 @gluon.jit
 def _tile(t, num_m, tiles_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
-    """Expert, first row and column tile of work item t; of an item past the end, any that exist.
-
-    GROUP_M row tiles share a column tile's weights in L2.
-    """
-    first = t // (GROUP_M * N_TILES) * GROUP_M
-    size = gl.maximum(gl.minimum(num_m - first, GROUP_M), 1)
-    inside = t % (GROUP_M * N_TILES)
-    at = tiles_ptr + 2 * (first + inside % size)
+    """Expert, first row and column tile of work item t; of an item past the end, expert 0."""
+    m, jn = in_groups(t, num_m, N_TILES, GROUP_M)
     exists = t < num_m * N_TILES
-    e = gl.load(at, mask=exists, other=0)
-    return e, gl.load(at + 1, mask=exists, other=0), inside // size
+    e = gl.load(tiles_ptr + 2 * m, mask=exists, other=0)
+    return e, gl.load(tiles_ptr + 2 * m + 1, mask=exists, other=0), jn
 
 
 @gluon.jit

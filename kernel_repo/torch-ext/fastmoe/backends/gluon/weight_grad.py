@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..triton.gemm import in_groups
 from .pipeline import (
     advance,
     before,
@@ -37,16 +38,9 @@ GROUP_P = gl.constexpr(8)
 def _tile(
     t, P_TILES: gl.constexpr, Q_TILES: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr
 ):
-    """Expert, first column of p and of q of work item t.
-
-    GROUP_P tiles of p share a tile of q in L2, so that programs at work together read a square.
-    """
-    inside = t % (P_TILES * Q_TILES)
-    first = inside // (GROUP_P * Q_TILES) * GROUP_P
-    size = gl.minimum(P_TILES - first, GROUP_P)
-    inside = inside % (GROUP_P * Q_TILES)
-    p0 = (first + inside % size) * BLOCK_P
-    return t // (P_TILES * Q_TILES), p0, inside // size * BLOCK_Q
+    """Expert, first column of p and of q of work item t."""
+    ip, iq = in_groups(t % (P_TILES * Q_TILES), P_TILES, Q_TILES, GROUP_P)
+    return t // (P_TILES * Q_TILES), ip * BLOCK_P, iq * BLOCK_Q
 
 
 @gluon.jit

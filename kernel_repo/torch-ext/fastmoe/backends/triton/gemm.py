@@ -10,17 +10,23 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_of(t, tiles_ptr, num_m, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
-    """Expert, first row and column tile of work item t.
+def in_groups(t, num_m, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of tile t of num_m by N_TILES, walked in groups of GROUP_M rows.
 
-    GROUP_M row tiles share a column tile's weights in L2.
+    Programs at work together so share the operands of a square of tiles in L2. Past the end, some
+    row that exists (if any does).
     """
-    group = t // (GROUP_M * N_TILES)
-    first = group * GROUP_M
-    size = tl.minimum(num_m - first, GROUP_M)
+    first = t // (GROUP_M * N_TILES) * GROUP_M
+    size = tl.maximum(tl.minimum(num_m - first, GROUP_M), 1)
     inside = t % (GROUP_M * N_TILES)
-    m = first + inside % size
-    return tl.load(tiles_ptr + 2 * m), tl.load(tiles_ptr + 2 * m + 1), inside // size
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def tile_of(t, tiles_ptr, num_m, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Expert, first row and column tile of work item t."""
+    m, jn = in_groups(t, num_m, N_TILES, GROUP_M)
+    return tl.load(tiles_ptr + 2 * m), tl.load(tiles_ptr + 2 * m + 1), jn
 
 
 @triton.jit
