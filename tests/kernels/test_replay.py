@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 the kernels are interpreted at the addresses that a launch is
 
 import ctypes
 import gc
+import threading
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -160,6 +161,37 @@ def test_fused_again_is_looked_at_where_someone_looks(compiles, monkeypatch):
     i.top_k_index[0, 0] = -1
     with pytest.raises(ValueError, match="negative id -1"):
         fastmoe.fused_experts(**operands)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="a thread without a CUDA context needs a GPU")
+def test_fused_again_in_a_thread_without_a_context(compiles):
+    again, want = call(replace(SMALL, H=64, I=64), torch.bfloat16, 0)
+    results = []
+    with torch.no_grad():
+        again()
+
+    def work():
+        with torch.no_grad():
+            results.append(again())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results[0].equal(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_fused_again_on_a_device_that_is_not_the_current_one(compiles):
+    i = make_inputs(SMALL, torch.bfloat16, "cpu")
+    operands = (i.x, i.top_k_index, i.top_k_weights, i.up, i.down)
+    results = []
+    with torch.no_grad(), torch.cuda.device(0):
+        for device in ("cuda:0", "cuda:1"):
+            there = [t.to(device) for t in operands]
+            results += [fastmoe.fused_experts(*there).cpu() for _ in range(3)]
+    assert len(replaying._replays) == 2 and all(r.equal(results[0]) for r in results)
 
 
 class Kernel:

@@ -99,12 +99,12 @@ def _repeats(operands: tuple[Tensor | None, ...], gate) -> bool:
 
     That is inference with a gate of the kernels' own, which nobody traces or checks.
     """
-    x, ids, _, up = operands[:4]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        return False
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not isinstance(gate, Gate):
         return False
+    x, ids, _, up = operands[:4]
     if x.dtype != up.dtype or ids.numel() > _REPEATED_SLOTS:
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         return False
     return os.environ.get("HF_MOE_EP_CHECK") != "1"
 

@@ -76,32 +76,35 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, **options)
         return
-    pointers, types, addresses = [], [], 0
+    pointers, types, addresses, tiled = [], [], 0, False
     for t in tensors:
         if t is None:
             pointers.append(None)
             types.append(None)
         elif type(t) is Tiles:
-            bind_context(device)
+            tiled = True
             pointers.append(t.array.data_ptr())
             types.append((t.array.dtype, t.block))
         else:
             pointers.append(address := t.data_ptr())
             types.append(t.dtype)
             addresses |= address
+    if tiled:
+        bind_context(device)
     wide = [n >= 1 << 31 for n in numbers]
     key = (kernel.fn, device, *types, *wide, constants, *options.values())
     aligned = addresses % ALIGNMENT == 0
     compiled = _compiled.get(key) if aligned else None
     if compiled is not None and (stream_of := direct()) is not None:
-        args = [
-            by_address(p, t.array.dtype, *t[1:]) if type(t) is Tiles else p
-            for p, t in zip(pointers, tensors, strict=True)
-        ]
+        if tiled:
+            pointers = [
+                by_address(p, t.array.dtype, *t[1:]) if type(t) is Tiles else p
+                for p, t in zip(pointers, tensors, strict=True)
+            ]
         x, y, z, *_ = *grid, 1, 1
         compiled.run(
             x, y, z, stream_of(device.index), compiled.function, compiled.packed_metadata,
-            None, None, None, *args, *numbers, *constants,
+            None, None, None, *pointers, *numbers, *constants,
         )  # fmt: skip
     else:
         described = [_descriptor(*t) if type(t) is Tiles else t for t in tensors]
@@ -155,8 +158,8 @@ def _descriptor(array, shape: tuple[int, ...], block: tuple[int, ...], layout: A
 def direct() -> Callable[[int], int] | None:
     """What gives a device's current stream, where a launch may go around Triton's own."""
     known, driver, settings = _triton()
-    hooks = settings.launch_enter_hook, settings.launch_exit_hook
-    if not known or any(getattr(hook, "calls", hook) for hook in hooks):
+    enter, leave = settings.launch_enter_hook, settings.launch_exit_hook
+    if not known or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         return None
     return driver.active.get_current_stream
 
