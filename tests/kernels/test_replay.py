@@ -276,6 +276,15 @@ def test_what_launches_alone_do_not_tell_runs_again(hooks):
     assert Layer(odd=1).times(x, w, None) == 3
     assert Layer(part=1).times(x, w, None) == 3  # a part of an operand is not a temporary
 
+    def fills(x):
+        out = torch.empty_like(x)
+        launch(Kernel(), (1,), (out,), (), ())
+        return out
+
+    assert not replaying._replays
+    replayed(fills, (x,), ())
+    assert not replaying._replays
+
     layer = Layer()
     assert layer.times(x, w, x + 1) == 1 and layer.times(x, w, odd) == 3
     hooks.launch_enter_hook = print  # a profiler's

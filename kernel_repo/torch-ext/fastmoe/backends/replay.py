@@ -79,19 +79,21 @@ class Replay(NamedTuple):
 def _replay_of(launches: list[Launch | None], operands, out: Tensor) -> Replay | None:
     """None where launches alone do not tell what to do.
 
-    That is where operands may be copied first, where two of them are one, and where one is empty.
+    That is where operands may be copied first, where two of them are one, where one is empty, and
+    where a launch takes one array (`itemgetter` would not give a tuple).
     """
     given = [t for t in (*operands, out) if t is not None]
+    # address -> where it will be in the list of values, which begins with None and 0
     index = {t.data_ptr(): 2 + n for n, t in enumerate((*operands, out)) if t is not None}
-    if not launches or None in launches or 0 in index or len(index) < len(given):
+    if not launches or None in launches or any(len(made.tensors) < 2 for made in launches):
         return None
-    if not all(t.is_contiguous() for t in given):
+    if 0 in index or len(index) < len(given) or not all(t.is_contiguous() for t in given):
         return None
-    owned = {t.untyped_storage().data_ptr() for t in given}
-    arrays = [t.array if type(t) is Tiles else t for made in launches for t in made.tensors]
-    starts, offsets, num_bytes = {}, [], 0  # starts: of a temporary's memory in the allocation
     index[0] = 1
     first = 2 + len(operands) + 1
+    owned = {t.untyped_storage().data_ptr() for t in given}
+    starts, offsets, num_bytes = {}, [], 0  # starts: of a temporary's memory in the allocation
+    arrays = [t.array if type(t) is Tiles else t for made in launches for t in made.tensors]
     for t in arrays:
         if t is None or (address := t.data_ptr()) in index:
             continue
