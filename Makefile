@@ -40,7 +40,7 @@ PYTEST = $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test: lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_experts.py tests/kernels/test_routing.py tests/kernels/test_exchange.py \
-		tests/kernels/test_finite.py tests/kernels/test_optim.py \
+		tests/kernels/test_finite.py tests/kernels/test_optim.py tests/kernels/test_replay.py \
 		-k "fused or routing or sentinel or written or rank or all_finite or of_several or optim"
 	$(PYTEST) --durations 25
 

@@ -32,6 +32,11 @@ _ACTIVATIONS = {
     nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu2",
 }
+# The gates without constants, made once: a layer of few tokens would wait for making its own.
+_GATED, _UNGATED = (
+    {name: fastmoe.Gate(name, gated=gated) for name in set(_ACTIVATIONS.values())}
+    for gated in (True, False)
+)
 
 
 def _clamped(module: nn.Module, limit: str, alpha: str | None = None, **options) -> dict | None:
@@ -111,13 +116,13 @@ def gate_of(module: nn.Module):
     """
     activation = _activation_of(module)
     if not module.has_gate:
-        return fastmoe.Gate(activation, gated=False) if activation else None
+        return _UNGATED.get(activation)
     if "_apply_gate" in vars(module):  # put on this module alone
         return None
     # The class's function, not the bound method's __func__, which torch.compile reads as None.
     function = type(module)._apply_gate
     if function is _default_apply_gate:
-        return fastmoe.Gate(activation) if activation else None
+        return _GATED.get(activation)
     # A method of the module's own: known only under the very name it has in transformers, which its
     # code object has too: functools.wraps gives any wrapper the __module__ and __qualname__.
     code = getattr(function, "__code__", None)

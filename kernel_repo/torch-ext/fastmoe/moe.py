@@ -11,17 +11,20 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from . import decode, ops, tuning
 from .ahead import compile_forward, compile_step
 from .autograd import Combine, FusedExperts, GroupedLinear, Layer, fused_forward
-from .device import backend_name
+from .backends.replay import replayed
+from .device import backend_name, matmul_precision
 from .gates import Gate
 from .routing import Routing
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SWIGLU = Gate()
+_REPEATED_SLOTS = 8192  # with more, an H200 works longer than the host
 
 
 def fused_experts(
@@ -84,6 +87,33 @@ def fused_experts(
     dtype or fp32, backward adds its gradient there in the GEMM's epilogue, gives autograd None and
     sets `grad_added_to_main_grad` to True. Under torch.compile the gradient goes to autograd.
     """
+    operands = (x, top_k_index, top_k_weights, up, down, up_bias, down_bias)
+    how = (gate, is_transposed, recompute, post_norm, routing, place)
+    if post_norm is routing is place is None and _repeats(operands, gate):
+        return replayed(_experts, operands, (*how, matmul_precision(up.dtype)))
+    return _experts(*operands, *how)
+
+
+def _repeats(operands: tuple[Tensor | None, ...], gate) -> bool:
+    """Whether the calls of this kind differ in addresses alone, and the host's time may count.
+
+    That is inference with a gate of the kernels' own, which nobody traces or checks.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        return False
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not isinstance(gate, Gate):
+        return False
+    x, ids, _, up = operands[:4]
+    if x.dtype != up.dtype or ids.numel() > _REPEATED_SLOTS:
+        return False
+    return os.environ.get("HF_MOE_EP_CHECK") != "1"
+
+
+def _experts(
+    x, top_k_index, top_k_weights, up, down, up_bias, down_bias,
+    gate, is_transposed, recompute, post_norm, routing, place, *_,
+) -> Tensor:  # fmt: skip
+    """`fused_experts`, looking at everything."""
     accumulating = _accumulating("up", up), _accumulating("down", down)
     up, down, is_transposed = _plain_layout(up, down, is_transposed)
     gated = not isinstance(gate, Gate) or gate.gated

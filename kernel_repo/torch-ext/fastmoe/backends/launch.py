@@ -7,17 +7,17 @@ parallelism, would wait for that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 
-_ALIGNMENT = 16  # bytes; Triton compiles for addresses that are multiples of it, and for others
+ALIGNMENT = 16  # bytes; Triton compiles for addresses that are multiples of it, and for others
 _DIRECT = ((3, 6), (3, 7))  # versions of Triton whose compiled kernels take `run` as it is here
 _compiled: dict[tuple, Any] = {}  # kind of call -> its compiled kernel
-_bound = threading.local()  # the device whose context a thread has
 
 
 class Tiles(NamedTuple):
@@ -27,6 +27,33 @@ class Tiles(NamedTuple):
     shape: tuple[int, ...]  # the kernel's view of the array's memory. (262144, 2048)
     block: tuple[int, ...]  # (128, 64)
     layout: Any = None  # a Gluon kernel's layout of the block in shared memory
+
+
+class Launch(NamedTuple):
+    """What was launched, for those who would launch it again."""
+
+    compiled: Any  # Triton's compiled kernel
+    grid: tuple[int, ...]  # (128,)
+    tensors: tuple[torch.Tensor | Tiles | None, ...]
+    rest: tuple  # the numbers and constants that follow them
+
+
+class _Thread(threading.local):
+    bound: torch.device | None = None  # the device whose context this thread has
+    launches: list[Launch | None] | None = None  # while `recorded` collects them
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch | None]]:
+    """This thread's launches meanwhile; None for one that Triton has to look at each time."""
+    launches = _thread.launches = []
+    try:
+        yield launches
+    finally:
+        _thread.launches = None
 
 
 def launch(
@@ -49,48 +76,57 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, **options)
         return
-    pointers, types, addresses = [], [], 0
+    pointers, types, addresses, tiled = [], [], 0, False
     for t in tensors:
         if t is None:
             pointers.append(None)
             types.append(None)
         elif type(t) is Tiles:
-            _bind_context(device)
+            tiled = True
             pointers.append(t.array.data_ptr())
             types.append((t.array.dtype, t.block))
         else:
             pointers.append(address := t.data_ptr())
             types.append(t.dtype)
             addresses |= address
+    if tiled:
+        bind_context(device)
     wide = [n >= 1 << 31 for n in numbers]
     key = (kernel.fn, device, *types, *wide, constants, *options.values())
-    found = _compiled.get(key) if addresses % _ALIGNMENT == 0 else None
-    if found is not None and (stream_of := _direct()) is not None:
-        args = [
-            _by_address(p, t.array.dtype, *t[1:]) if type(t) is Tiles else p
-            for p, t in zip(pointers, tensors, strict=True)
-        ]
+    aligned = addresses % ALIGNMENT == 0
+    compiled = _compiled.get(key) if aligned else None
+    if compiled is not None and (stream_of := direct()) is not None:
+        if tiled:
+            pointers = [
+                by_address(p, t.array.dtype, *t[1:]) if type(t) is Tiles else p
+                for p, t in zip(pointers, tensors, strict=True)
+            ]
         x, y, z, *_ = *grid, 1, 1
-        found.run(
-            x, y, z, stream_of(device.index), found.function, found.packed_metadata,
-            None, None, None, *args, *numbers, *constants,
+        compiled.run(
+            x, y, z, stream_of(device.index), compiled.function, compiled.packed_metadata,
+            None, None, None, *pointers, *numbers, *constants,
         )  # fmt: skip
-        return
-    described = [_descriptor(*t) if type(t) is Tiles else t for t in tensors]
-    done = kernel[grid](*described, *numbers, *constants, **options)
-    if done is not None and addresses % _ALIGNMENT == 0:  # None under the interpreter
-        _compiled[key] = done
+    else:
+        described = [_descriptor(*t) if type(t) is Tiles else t for t in tensors]
+        compiled = kernel[grid](*described, *numbers, *constants, **options)
+        if not aligned:
+            compiled = None
+        elif compiled is not None:  # None under the interpreter
+            _compiled[key] = compiled
+    if _thread.launches is not None:
+        made = Launch(compiled, grid, tensors, (*numbers, *constants))
+        _thread.launches.append(None if compiled is None else made)
 
 
-def _bind_context(device: torch.device) -> None:
+def bind_context(device: torch.device) -> None:
     """Give this thread a CUDA context, once.
 
     Encoding a tensor descriptor needs one, and autograd's threads start without (Triton 3.6 binds
     one at a launch, but encodes the descriptors first).
     """
-    if device.type == "cuda" and getattr(_bound, "device", None) != device:
+    if device.type == "cuda" and _thread.bound != device:
         torch.zeros(1, device=device)
-        _bound.device = device
+        _thread.bound = device
 
 
 class _Address(NamedTuple):
@@ -104,7 +140,7 @@ class _Address(NamedTuple):
 
 
 @lru_cache(4096)
-def _by_address(address: int, dtype: torch.dtype, shape: tuple, block: tuple, layout: Any):
+def by_address(address: int, dtype: torch.dtype, shape: tuple, block: tuple, layout: Any):
     return _descriptor(_Address(address, dtype), shape, block, layout)
 
 
@@ -119,11 +155,11 @@ def _descriptor(array, shape: tuple[int, ...], block: tuple[int, ...], layout: A
     return TensorDescriptor(array, list(shape), strides, list(block), layout)
 
 
-def _direct() -> Callable[[int], int] | None:
+def direct() -> Callable[[int], int] | None:
     """What gives a device's current stream, where a launch may go around Triton's own."""
     known, driver, settings = _triton()
-    hooks = settings.launch_enter_hook, settings.launch_exit_hook
-    if not known or any(getattr(hook, "calls", hook) for hook in hooks):
+    enter, leave = settings.launch_enter_hook, settings.launch_exit_hook
+    if not known or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         return None
     return driver.active.get_current_stream
 
