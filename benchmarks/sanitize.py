@@ -1,4 +1,4 @@
-"""Every kernel of ours on small shapes under compute-sanitizer: bad memory accesses and races.
+"""The experts and the exchange on small shapes under compute-sanitizer: bad accesses and races.
 
     python -m benchmarks.sanitize --out bench_output
 
