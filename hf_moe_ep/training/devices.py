@@ -68,11 +68,15 @@ def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
     """Dense peak in TFLOP/s, or None for a device or a dtype the table does not know.
 
     device_name: what `torch.cuda.get_device_name()` returns. float32 counts as TF32 where the
-    process allows it (`torch.set_float32_matmul_precision("high")` or lower), else as full fp32.
+    process allows it (`torch.set_float32_matmul_precision("high")`, or
+    `torch.backends.cuda.matmul.fp32_precision = "tf32"`), else as full fp32.
     """
     peak = PEAKS.get(device_name)
     if peak is None:
         return None
     if dtype == torch.float32:
-        return peak.fp32 if torch.get_float32_matmul_precision() == "highest" else peak.tf32
+        # From torch 2.9 on; there the older function raises once this was set.
+        precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+        precision = precision or torch.get_float32_matmul_precision()
+        return peak.tf32 if precision in ("tf32", "high", "medium") else peak.fp32
     return {torch.bfloat16: peak.bf16, torch.float16: peak.fp16}.get(dtype)

@@ -18,6 +18,7 @@ from benchmarks.problems import EDGE, make_inputs
 from fastmoe import autograd, ops, tuning
 from fastmoe.backends import launch as launching
 from fastmoe.backends.launch import launch
+from fastmoe.device import matmul_precision
 from tests.kernels.common import DEVICE, DTYPES, error, run
 
 SMALL = EDGE[0]
@@ -483,3 +484,22 @@ def test_the_hub_layer_fuses_no_gate_that_was_changed():
 
     wrapped = Wrapped()
     assert gate_of(wrapped) == wrapped._apply_gate
+
+
+def test_fp32_is_multiplied_as_torch_is_set_to():
+    """By either of torch's interfaces; after the newer one, the getter of the older may raise."""
+    matmul = torch.backends.cuda.matmul
+    x = make_inputs(SMALL, torch.float32, DEVICE)
+    operands = (x.x, x.top_k_index, x.top_k_weights, x.up, x.down)
+    try:
+        for older, name in (("high", "tf32"), ("medium", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(older)
+            assert matmul_precision(torch.float32) == name
+        for newer in ("tf32", "ieee") if hasattr(matmul, "fp32_precision") else ():
+            matmul.fp32_precision = newer
+            assert matmul_precision(torch.float32) == newer
+            assert matmul_precision(torch.bfloat16) == "ieee"
+            with torch.no_grad():
+                assert fastmoe.fused_experts(*operands).isfinite().all()
+    finally:
+        torch.set_float32_matmul_precision("highest")

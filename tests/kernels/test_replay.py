@@ -20,7 +20,7 @@ from benchmarks.problems import EDGE, make_inputs
 from fastmoe import moe
 from fastmoe.backends import launch as launching
 from fastmoe.backends import replay as replaying
-from fastmoe.backends.launch import Tiles, launch
+from fastmoe.backends.launch import Tiles, launch, recorded
 from fastmoe.backends.replay import replayed
 from fastmoe.device import INTERPRETING
 from tests.kernels.common import DEVICE, DTYPES, gate_of
@@ -291,6 +291,27 @@ def test_what_launches_alone_do_not_tell_runs_again(hooks):
     assert layer.times(x, w, x + 1) == 3
     hooks.launch_enter_hook = None
     assert layer.times(x, w, x + 1) == 0
+
+
+def test_a_record_within_a_record_ends_alone(hooks):
+    x, out = torch.zeros(2, 4, 16).unbind()
+    with recorded() as outer:
+        launch(Kernel(), (1,), (x, out), (), ())
+        with recorded() as inner:
+            launch(Kernel(), (2,), (x, out), (), ())
+        launch(Kernel(), (3,), (x, out), (), ())
+    assert [made.grid for made in inner] == [(2,)]
+    assert [made.grid for made in outer] == [(1,), (3,)]
+
+
+def test_transforms_that_have_no_memory_take_the_whole_code():
+    i = make_inputs(SMALL, torch.float64, "cpu")
+    rest = (i.top_k_index, i.top_k_weights, i.up, i.down)
+    with torch.no_grad():
+        want = fastmoe.fused_experts(i.x, *rest)
+        _, change = torch.func.jvp(lambda x: fastmoe.fused_experts(x, *rest), (i.x,), (i.x,))
+        batch = torch.vmap(lambda x: fastmoe.fused_experts(x, *rest))(i.x[None])
+    assert batch[0].allclose(want) and change.isfinite().all()
 
 
 def test_kinds_are_kept_up_to_a_number(hooks, monkeypatch):

@@ -61,8 +61,9 @@ def has_tma(device: torch.device) -> bool:
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """Triton's name for how fp32 operands are multiplied: as torch's own matmul is set to do it."""
-    return (
-        "tf32"
-        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        else "ieee"
-    )
+    if dtype != torch.float32:
+        return "ieee"
+    # From torch 2.9 on; there the older function raises once this was set.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    precision = precision or torch.get_float32_matmul_precision()
+    return "tf32" if precision in ("tf32", "high", "medium") else "ieee"

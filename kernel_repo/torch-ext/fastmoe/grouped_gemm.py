@@ -209,7 +209,8 @@ def bias_grad(
 def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
 
-    "gluon" holds for 65 rows an expert and more and sizes that fit its tiles, else "triton" does.
+    "gluon" holds for 65 rows an expert and more and rows that bulk copies can read (multiples of 16
+    bytes; the gate gradient: H a multiple of 64, I of 8, no interleaved gate), else "triton" does.
     """
     name = backend_name(torch.empty(0, dtype=dtype, device=device))
     parts = dict.fromkeys(

@@ -1,7 +1,7 @@
 """Host side of the warp-specialised Hopper kernels (Gluon): where they serve, and their launches.
 
 Shapes as in `grouped_gemm`, which calls here first and runs its Triton kernels for the rest: other
-GPUs, small batches, sizes that do not fit the tiles, a Triton without Gluon's Hopper interface.
+GPUs, small batches, rows that bulk copies cannot read, a Triton that these have not run with.
 """
 
 from __future__ import annotations

@@ -49,11 +49,12 @@ _thread = _Thread()
 @contextmanager
 def recorded() -> Iterator[list[Launch | None]]:
     """This thread's launches meanwhile; None for one that Triton has to look at each time."""
+    before = _thread.launches
     launches = _thread.launches = []
     try:
         yield launches
     finally:
-        _thread.launches = None
+        _thread.launches = before
 
 
 def launch(

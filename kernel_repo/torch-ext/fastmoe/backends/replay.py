@@ -82,11 +82,11 @@ def _replay_of(launches: list[Launch | None], operands, out: Tensor) -> Replay |
     That is where operands may be copied first, where two of them are one, where one is empty, and
     where a launch takes one array (`itemgetter` would not give a tuple).
     """
+    if not launches or None in launches or any(len(made.tensors) < 2 for made in launches):
+        return None
     given = [t for t in (*operands, out) if t is not None]
     # address -> where it will be in the list of values, which begins with None and 0
     index = {t.data_ptr(): 2 + n for n, t in enumerate((*operands, out)) if t is not None}
-    if not launches or None in launches or any(len(made.tensors) < 2 for made in launches):
-        return None
     if 0 in index or len(index) < len(given) or not all(t.is_contiguous() for t in given):
         return None
     index[0] = 1
