@@ -35,6 +35,7 @@ API = (
     "scale_",
     "square_sum",
     "first_not_finite",
+    "matmul_precision",
 )
 
 

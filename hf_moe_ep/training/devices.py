@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernel import get_kernel
+
 
 @dataclass(frozen=True)
 class DevicePeak:
@@ -75,8 +77,5 @@ def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
     if peak is None:
         return None
     if dtype == torch.float32:
-        # From torch 2.9 on; there the older function raises once this was set.
-        precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-        precision = precision or torch.get_float32_matmul_precision()
-        return peak.tf32 if precision in ("tf32", "high", "medium") else peak.fp32
+        return peak.tf32 if get_kernel().matmul_precision(dtype) == "tf32" else peak.fp32
     return {torch.bfloat16: peak.bf16, torch.float16: peak.fp16}.get(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmoe
 from benchmarks.problems import Inputs, Problem
@@ -11,6 +12,19 @@ from fastmoe.device import INTERPRETING
 # The interpreter is for CPU tensors: its small tiles, in fp32.
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if DEVICE == "cuda" else [torch.float32]
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the fastmoe ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "moe" in func.namespace:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def gate_of(p: Problem) -> fastmoe.Gate:

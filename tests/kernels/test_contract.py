@@ -6,7 +6,6 @@ Memory, frozen parts, tracing, checkpointing, and clear refusals.
 import functools
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,22 +18,9 @@ from fastmoe import autograd, ops, tuning
 from fastmoe.backends import launch as launching
 from fastmoe.backends.launch import launch
 from fastmoe.device import matmul_precision
-from tests.kernels.common import DEVICE, DTYPES, error, run
+from tests.kernels.common import DEVICE, DTYPES, Recorder, error, run
 
 SMALL = EDGE[0]
-
-
-class Recorder(TorchDispatchMode):
-    """Names of the fastmoe ops that were called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "moe" in func.namespace:
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def backward_ops(frozen: set[str]) -> list[str]:
@@ -351,18 +337,6 @@ class Compiled:
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
         self.log.append(("launched", (x, y), args))
-
-
-@pytest.fixture
-def hooks(monkeypatch):
-    """Triton's hooks on launches and whether it is known, and the driver that a CPU has not."""
-    hooks = SimpleNamespace(
-        launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]),
-        known=True,
-    )  # fmt: skip
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0))
-    monkeypatch.setattr(launching, "_triton", lambda: (hooks.known, driver, hooks))
-    return hooks
 
 
 def test_a_known_kind_is_launched_directly_unless_an_address_is_odd(hooks):

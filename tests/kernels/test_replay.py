@@ -9,48 +9,21 @@ import gc
 import threading
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmoe
 from benchmarks.problems import EDGE, make_inputs
 from fastmoe import moe
-from fastmoe.backends import launch as launching
 from fastmoe.backends import replay as replaying
 from fastmoe.backends.launch import Tiles, launch, recorded
 from fastmoe.backends.replay import replayed
 from fastmoe.device import INTERPRETING
-from tests.kernels.common import DEVICE, DTYPES, gate_of
+from tests.kernels.common import DEVICE, DTYPES, Recorder, gate_of
 
 SMALL = EDGE[0]
 BY_NAME = {p.name: p for p in EDGE}
-
-
-@pytest.fixture
-def hooks(monkeypatch):
-    """Triton's hooks on launches, with a driver for the CPU and nothing compiled or seen yet."""
-    hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0))
-    monkeypatch.setattr(launching, "_triton", lambda: (True, driver, hooks))
-    monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(replaying, "_replays", {})
-    return hooks
-
-
-class Names(TorchDispatchMode):
-    """Names of the fastmoe ops that were called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "moe" in func.namespace:
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 class Interpreted:
@@ -148,7 +121,7 @@ def test_fused_again_is_looked_at_where_someone_looks(compiles, monkeypatch):
     with pytest.raises(ValueError, match="int32 or int64"):
         fastmoe.fused_experts(**operands | {"top_k_index": i.top_k_index.float()})
 
-    with Names() as seen:
+    with Recorder() as seen:
         assert fastmoe.fused_experts(**operands).equal(out)
     assert seen.names == ["route", "up_gate", "grouped_linear", "combine"]
 

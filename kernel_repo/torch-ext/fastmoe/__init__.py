@@ -5,7 +5,7 @@ Names in `__all__` are the API.
 
 from . import exchange, layers
 from .combine import sum_rows
-from .device import backend_name
+from .device import backend_name, matmul_precision
 from .finite import first_not_finite
 from .gates import Gate
 from .grouped_gemm import kernel_backends
@@ -24,6 +24,7 @@ __all__ = [
     "fused_experts",
     "kernel_backends",
     "layers",
+    "matmul_precision",
     "reference_experts",
     "route",
     "route_experts",

@@ -60,7 +60,10 @@ def has_tma(device: torch.device) -> bool:
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """Triton's name for how fp32 operands are multiplied: as torch's own matmul is set to do it."""
+    """Triton's name, "tf32" or "ieee", for how operands of this dtype are multiplied.
+
+    fp32 as torch's own matmul is set to do it.
+    """
     if dtype != torch.float32:
         return "ieee"
     # From torch 2.9 on; there the older function raises once this was set.

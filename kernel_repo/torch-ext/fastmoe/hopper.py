@@ -116,8 +116,7 @@ def weight_grad(
     out_block = (1, half, columns) if transpose_out else (1, columns, half)
     launch(
         weight_grad_kernel, (programs,),
-        (_tiles(p, (_BLOCK_K, _TILE_N)), q, Tiles(out, tuple(out.shape), out_block,
-         _tile_layout(8 * out.element_size(), 3)), r.perm, r.offsets,
+        (_tiles(p, (_BLOCK_K, _TILE_N)), q, _tiles(out, out_block), r.perm, r.offsets,
          torch.zeros(1, dtype=torch.int32, device=p.device)), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
          _TILE_N, _BLOCK_M, _BLOCK_K, _STAGES),
@@ -125,15 +124,15 @@ def weight_grad(
     )  # fmt: skip
 
 
-def _tiles(array: torch.Tensor, block: tuple[int, int]) -> Tiles:
-    """Of an array seen as one matrix, its rows those of the last dimension."""
+def _tiles(array: torch.Tensor, block: tuple[int, ...]) -> Tiles:
+    """An array as it is, or, for a block of two dimensions, as one matrix of rows as its last."""
     width = array.shape[-1]
-    layout = _tile_layout(8 * array.element_size())
-    return Tiles(array, (array.numel() // width, width), block, layout)
+    shape = (array.numel() // width, width) if len(block) == 2 else tuple(array.shape)
+    return Tiles(array, shape, block, _tile_layout(8 * array.element_size(), len(block)))
 
 
 @lru_cache
-def _tile_layout(bits: int, rank: int = 2):
+def _tile_layout(bits: int, rank: int):
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)

@@ -90,7 +90,7 @@ def fused_experts(
     operands = (x, top_k_index, top_k_weights, up, down, up_bias, down_bias)
     how = (gate, is_transposed, recompute, post_norm, routing, place)
     if post_norm is routing is place is None and _repeats(operands, gate):
-        return replayed(_experts, operands, (*how, matmul_precision(up.dtype)))
+        return replayed(_experts, operands, how, matmul_precision(up.dtype))
     return _experts(*operands, *how)
 
 
@@ -111,7 +111,7 @@ def _repeats(operands: tuple[Tensor | None, ...], gate) -> bool:
 
 def _experts(
     x, top_k_index, top_k_weights, up, down, up_bias, down_bias,
-    gate, is_transposed, recompute, post_norm, routing, place, *_,
+    gate, is_transposed, recompute, post_norm, routing, place,
 ) -> Tensor:  # fmt: skip
     """`fused_experts`, looking at everything."""
     accumulating = _accumulating("up", up), _accumulating("down", down)

@@ -21,19 +21,22 @@ _MOST = 1024  # kinds that are kept
 _replays: dict[tuple, Replay] = {}
 
 
-def replayed(function: Callable[..., Tensor], operands: tuple[Tensor | None, ...], how: tuple):
+def replayed(
+    function: Callable[..., Tensor], operands: tuple[Tensor | None, ...], how: tuple, *settings
+) -> Tensor:
     """`function(*operands, *how)`; of a kind seen before, by its launches alone.
 
     For a function that computes by `launch` and nothing else where its operands are contiguous, and
-    returns a new tensor like the first of them. What it does follows from `how`, hashable, and from
-    the dtypes, shapes and device of the operands: that is the kind.
+    returns a new tensor like the first of them. What it does follows from `how`, from the settings
+    of torch that it reads, both hashable, and from the dtypes, shapes and device of the operands:
+    that is the kind.
     """
     device = operands[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return replayed(function, operands, how)
+            return replayed(function, operands, how, *settings)
     each = [t if t is None else (t.dtype, t.shape, t.device, t.is_contiguous()) for t in operands]
-    kind = (function, how, *each)
+    kind = (function, how, settings, *each)
     replay = _replays.get(kind)
     if replay is not None and (stream_of := direct()) is not None:
         addresses = [0 if t is None else t.data_ptr() for t in operands]
