@@ -41,38 +41,46 @@ def tool(tmp_path, monkeypatch):
     return install
 
 
-def test_the_cases_run():
-    sanitize.run_cases(DEVICE)
+@pytest.mark.parametrize("name", sanitize.NAMES)
+def test_the_cases_run(name):
+    sanitize.run_case(name, DEVICE)
 
 
 @pytest.mark.parametrize("tool_name", sanitize.TOOLS)
 def test_findings_are_counted_by_kernel(tool, tool_name):
     tool(CLEAN)
-    row = sanitize.under(tool_name)
+    row = sanitize.under(tool_name, 60)
     assert (row["errors"], row["warnings"], row["kernels"]) == (0, 0, {})
     tool(BAD, status=1)
-    row = sanitize.under(tool_name)
-    assert row["errors"] + row["warnings"] == 1 and row["kernels"]
+    row = sanitize.under(tool_name, 60, sanitize.NAMES[:2])
+    assert row["errors"] + row["warnings"] == 2 and row["kernels"]  # one in each case
 
 
 def test_a_run_that_broke_off_is_no_clean_run(tool):
     tool(CLEAN, status=255)
     with pytest.raises(RuntimeError, match="memcheck did not run"):
-        sanitize.under("memcheck")
+        sanitize.under("memcheck", 60)
     tool({"memcheck": "========= Error: Device not supported"})
     with pytest.raises(RuntimeError, match="Device not supported"):
-        sanitize.under("memcheck")
+        sanitize.under("memcheck", 60)
+
+
+def test_a_case_that_does_not_end_is_named(tool, tmp_path):
+    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    with pytest.raises(RuntimeError, match="racecheck of exchange did not end in 1 s"):
+        sanitize.under("racecheck", 1, ["exchange"])
 
 
 def test_a_warning_fails_the_command(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sanitize.subprocess, "check_call", lambda *a, **k: 0)
+    monkeypatch.setattr(sanitize, "_compile", lambda names, tool: None)
     monkeypatch.setattr(report, "describe", lambda *a: ENVIRONMENT)
     monkeypatch.setattr(report, "device_slug", lambda device: "test")
     tool({**CLEAN, "racecheck": BAD["racecheck"]})
     assert sanitize.main(["--out", str(tmp_path)]) == 1
     rows = json.loads((tmp_path / "sanitize-test.json").read_text())["rows"]
-    assert [r["warnings"] for r in rows] == [0, 1]
-    assert "`weight_grad_kernel` 2" in capsys.readouterr().out
+    assert [r["warnings"] for r in rows] == [0, len(sanitize.NAMES)]
+    assert f"`weight_grad_kernel` {2 * len(sanitize.NAMES)}" in capsys.readouterr().out
     tool(CLEAN)
     assert sanitize.main(["--out", str(tmp_path), "--tools", "memcheck"]) == 0
