@@ -26,6 +26,19 @@ def test_fused(p, dtype):
     assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_leaves_what_is_not_finite_with_its_expert(dtype):
+    """Steps of the weight gradients reach past an expert's last row, to the next one's first."""
+    p = Problem("neighbours", 300, 64, 64, 3, 1)
+    inputs = make_inputs(p, dtype, DEVICE)
+    clean = run(fastmoe.fused_experts, p, inputs)
+    inputs.x[(inputs.top_k_index[:, 0] == 1).nonzero()[0]] = float("inf")
+    got = run(fastmoe.fused_experts, p, inputs)
+    for name in ("up", "down"):
+        assert not got[name][1].isfinite().all()
+        assert torch.equal(got[name][::2], clean[name][::2]), name
+
+
 DECODE_NAMES = ["small", "gpt_oss_sentinels", "odd_sizes", "transposed_odd", "ungated_silu_bias"]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from . import hopper, tuning
 from .backends import torch_ops
-from .backends.launch import Tiles, launch
+from .backends.launch import Tiles, launch, ragged
 from .device import backend_name, has_tma, matmul_precision, num_programs
 from .gates import Gate
 from .routing import Routing
@@ -46,12 +46,21 @@ def up_gate(
     else:
         w, tma = _weight_operand(up, transposed, c.block_n * (width // inner), c.block_k)
     n_tiles = -(-inner // c.block_n)
+    h_rows, h_up, a_rows, out_tma = h, None, a, _tma_serves(a)
+    if out_tma:
+        a_rows = ragged(a, (c.block_m, c.block_n))
+    if out_tma and keep_h:
+        block = (c.block_m, c.block_n * (width // inner) // 2)
+        if gate.gated and not gate.interleaved:
+            h_rows, h_up = ragged(h[:, :inner], block), ragged(h[:, inner:], block)
+        else:
+            h_rows = ragged(h, block)
     launch(
         up_gate_kernel, _grid(c, x),
-        (x, w, bias, h, a, r.perm, r.offsets, r.tiles, r.num_tiles), (),
+        (x, w, bias, h_rows, h_up, a_rows, r.perm, r.offsets, r.tiles, r.num_tiles), (),
         (inner, depth, r.top_k, gate.gated, gate.interleaved,
          gate.activation, gate.alpha, gate.limit, gate.up_offset,
-         transposed, bias is not None, keep_h, tma, *_tiling(c, x, n_tiles)),
+         transposed, bias is not None, keep_h, tma, out_tma, *_tiling(c, x, n_tiles)),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return h, a
@@ -76,15 +85,17 @@ def grouped_linear(
     num_rows, (width, depth) = r.perm.numel(), _out_in(w, transposed)
     out = rows.new_empty(num_rows, width)
     c = tuning.gemm_config("linear", rows.device, rows.dtype, r.block_m)
-    operand, tma = _weight_operand(w, transposed, c.block_n, c.block_k)
-    x_tma = not gather and _tma_serves(rows)
-    tiles = Tiles(rows, tuple(rows.shape), (c.block_m, c.block_k)) if x_tma else None
     n_tiles = -(-width // c.block_n)
+    operand, tma = _weight_operand(w, transposed, c.block_n, c.block_k)
+    x_tma, out_tma = not gather and _tma_serves(rows), _tma_serves(out)
+    pieces = c.pieces(out.element_size())
     launch(
         grouped_linear_kernel, _grid(c, rows),
-        (rows, tiles, operand, bias, out, r.perm, r.offsets, r.tiles, r.num_tiles), (),
+        (ragged(rows, (c.block_m, c.block_k)) if x_tma else rows, operand, bias,
+         ragged(out, (c.block_m, c.block_n // pieces)) if out_tma else out,
+         r.perm, r.offsets, r.tiles, r.num_tiles), (),
         (width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma,
-         *_tiling(c, rows, n_tiles)),
+         out_tma, pieces, *_tiling(c, rows, n_tiles)),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
@@ -116,7 +127,7 @@ def gate_backward(
     w, tma = _weight_operand(down, not transposed, c.block_n, c.block_k)
     launch(
         gate_backward_kernel, _grid(c, grad),
-        (grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles), (rows,),
+        (grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles), (),
         (inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
          gate.activation, gate.alpha, gate.limit, gate.up_offset,
          not transposed, keep_a, tma, *_tiling(c, grad, n_tiles)),
@@ -130,8 +141,7 @@ def weight_grad(
 ) -> torch.Tensor:
     """(E, P, Q), or (E, Q, P) with `transpose_out`: per expert, its rows' sum of p[row]^T q[row].
 
-    p (S, P) is sorted by expert and finite in the rows of every tile in use; q is (S, Q), or (T, Q)
-    with `gather`.
+    p (S, P) is sorted by expert; q is (S, Q), or (T, Q) with `gather`.
     """
     if backend_name(p) == "torch":
         return torch_ops.weight_grad(p, q, r, gather, transpose_out)
@@ -165,7 +175,7 @@ def add_weight_grad(
 
 def _launch_weight_grad(p, q, out, r: Routing, gather: bool, transpose_out: bool, add: bool):
     aligned = out.data_ptr() % _TMA_ALIGNMENT == 0
-    if gather and aligned and hopper.serves_weight_grad(p, q, r):
+    if gather and aligned and hopper.serves_weight_grad(p, q):
         hopper.weight_grad(p, q, out, r, transpose_out, add)
         return
     from .backends.triton.weight_grad import weight_grad_kernel
@@ -175,7 +185,7 @@ def _launch_weight_grad(p, q, out, r: Routing, gather: bool, transpose_out: bool
     strides = (1, p.shape[1]) if transpose_out else (q.shape[1], 1)
     launch(
         weight_grad_kernel, _grid(c, p),
-        (Tiles(p, tuple(p.shape), (c.block_k, c.block_m)) if tma else p, q, out, r.perm,
+        (ragged(p, (c.block_k, c.block_m)) if tma else p, q, out, r.perm,
          r.offsets), (),
         (p.shape[1], q.shape[1], r.num_experts, r.top_k, gather, *strides, add, tma,
          matmul_precision(p.dtype), c.block_m, c.block_n, c.block_k, *_grid(c, p), c.flatten),
@@ -209,8 +219,8 @@ def bias_grad(
 def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
 
-    "gluon" holds for 65 rows an expert and more and rows that bulk copies can read (multiples of 16
-    bytes; the gate gradient: H a multiple of 64, I of 8, no interleaved gate), else "triton" does.
+    "gluon" holds for rows that bulk copies can read (multiples of 16 bytes; the gate gradient: H a
+    multiple of 64, I of 8, no interleaved gate, 65 rows an expert and more), else "triton" does.
     """
     name = backend_name(torch.empty(0, dtype=dtype, device=device))
     parts = dict.fromkeys(

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from .backends.launch import Tiles, launch
+from .backends.launch import Tiles, launch, ragged
 from .device import num_programs
 from .gates import Gate
 from .routing import Routing
@@ -79,7 +79,7 @@ def gate_backward(
     launch(
         gate_backward_kernel, (programs,),
         (grad, _tiles(down, block), weights, h, grad_h, a, dots,
-         r.perm, r.offsets, r.tiles, r.num_tiles), (rows,),
+         r.perm, r.offsets, r.tiles, r.num_tiles), (),
         (r.num_experts, inner, grad.shape[1], r.top_k, not transposed, keep_a,
          gate.activation, gate.alpha, gate.limit, gate.up_offset,
          _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M, programs),
@@ -88,18 +88,18 @@ def gate_backward(
     return grad_h, a, dots
 
 
-def serves_weight_grad(p: torch.Tensor, q: torch.Tensor, r: Routing) -> bool:
+def serves_weight_grad(p: torch.Tensor, q: torch.Tensor) -> bool:
     """Whether the kernel takes p (S, P) and gathered q (T, Q).
 
     It does if they are 16-bit and their rows aligned.
     """
-    if (
-        p.dtype not in (torch.bfloat16, torch.float16)
-        or r.block_m < _BLOCK_K  # a step may not reach past the tiles that were written
-        or not available(p.device)
-    ):
-        return False
-    return p.shape[0] > 0 and all(t.data_ptr() % 16 == 0 and t.shape[1] % 8 == 0 for t in (p, q))
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[1] % 8 == 0 for t in (p, q))
+    return (
+        p.dtype in (torch.bfloat16, torch.float16)
+        and available(p.device)
+        and aligned
+        and p.shape[0] > 0
+    )
 
 
 def weight_grad(
@@ -116,8 +116,8 @@ def weight_grad(
     out_block = (1, half, columns) if transpose_out else (1, columns, half)
     launch(
         weight_grad_kernel, (programs,),
-        (_tiles(p, (_BLOCK_K, _TILE_N)), q, _tiles(out, out_block), r.perm, r.offsets,
-         torch.zeros(1, dtype=torch.int32, device=p.device)), (),
+        (ragged(p, (_BLOCK_K, _TILE_N), _tile_layout(16, 4)), q, _tiles(out, out_block),
+         r.perm, r.offsets, torch.zeros(1, dtype=torch.int32, device=p.device)), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
          _TILE_N, _BLOCK_M, _BLOCK_K, _STAGES),
         num_warps=4,

@@ -13,9 +13,10 @@ from importlib.resources import files
 
 import torch
 
-from .device import INTERPRETING
+from .device import INTERPRETING, has_tma
 
 BUCKETS = (16, 32, 64, 128)  # rows per expert, rounded up; also block_m
+_STAGED = 32768  # bytes of results in shared memory on their way out
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,23 @@ class GemmConfig:
     # Programs for each multiprocessor: two hide one's epilogue behind the other's GEMM.
     ctas: int = 1
 
-    def shared_memory(self, itemsize: int, columns: int) -> int:
-        """Bytes of operand tiles in flight: num_stages of (block_m + columns) x block_k."""
-        return self.num_stages * (self.block_m + columns) * self.block_k * itemsize
+    def pieces(self, itemsize: int) -> int:
+        """How many bulk copies, 1 or 2, take a tile's results away."""
+        return 2 if self.block_m * self.block_n * itemsize > _STAGED else 1
 
-    def fitted(self, itemsize: int, columns: int, limit: int) -> GemmConfig:
+    def shared_memory(self, itemsize: int, columns: int, staged: bool) -> int:
+        """Bytes of operand tiles in flight, num_stages of (block_m + columns) x block_k.
+
+        With `staged` also a piece of the results, which waits there for its bulk copy.
+        """
+        results = self.block_m * self.block_n // self.pieces(itemsize) if staged else 0
+        stages = self.num_stages * (self.block_m + columns) * self.block_k
+        return (stages + results) * itemsize
+
+    def fitted(self, itemsize: int, columns: int, staged: bool, limit: int) -> GemmConfig:
         """This config with as many stages as `limit` bytes of shared memory hold, at least one."""
         config = self
-        while config.num_stages > 1 and config.shared_memory(itemsize, columns) > limit:
+        while config.num_stages > 1 and config.shared_memory(itemsize, columns, staged) > limit:
             config = replace(config, num_stages=config.num_stages - 1)
         return config
 
@@ -62,16 +72,14 @@ def gemm_config(
 
     `kernel`: "up_gate", "linear", "gate_backward" or "weight_grad". `wide`: the kernel holds gate
     and up columns at once. Raises KeyError for an unknown kernel. Row tiles are as tall as the
-    bucket; weight_grad's depth steps never reach past a row tile, whose rows are the only ones
-    written.
+    bucket.
     """
     table, limit = _table(device)
     config = table["fp32" if dtype == torch.float32 else str(rows)][kernel]
-    if kernel == "weight_grad":
-        config = replace(config, block_k=min(config.block_k, rows))
-    else:
+    if kernel != "weight_grad":
         config = replace(config, block_m=rows)
-    return config.fitted(dtype.itemsize, config.block_n * (2 if wide else 1), limit)
+    staged = kernel in ("up_gate", "linear") and has_tma(device)
+    return config.fitted(dtype.itemsize, config.block_n * (2 if wide else 1), staged, limit)
 
 
 @lru_cache

@@ -27,6 +27,20 @@ class Tiles(NamedTuple):
     shape: tuple[int, ...]  # the kernel's view of the array's memory. (262144, 2048)
     block: tuple[int, ...]  # (128, 64)
     layout: Any = None  # a Gluon kernel's layout of the block in shared memory
+    strides: tuple[int, ...] | None = None  # of the view, in elements; None: of contiguous memory
+
+
+def ragged(rows: torch.Tensor, block: tuple[int, int], layout: Any = None) -> Tiles:
+    """Rows (S, N) in blocks of (rows, columns), N contiguous.
+
+    Bulk copies of them end where the kernel says: backends/triton/gemm.py has how.
+    """
+    stride = rows.stride(0)
+    many = (1 << 31) - (1 << 16)  # a bound that no coordinate meets
+    return Tiles(
+        rows, (many, many, 1 << 30, rows.shape[1]), (1, 1, *block), layout,
+        ((1 << 34) - stride, stride, stride, 1),
+    )  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -141,19 +155,22 @@ class _Address(NamedTuple):
 
 
 @lru_cache(4096)
-def by_address(address: int, dtype: torch.dtype, shape: tuple, block: tuple, layout: Any):
-    return _descriptor(_Address(address, dtype), shape, block, layout)
+def by_address(address: int, dtype: torch.dtype, *how: Any):
+    """The descriptor of an array at this address; how: what `Tiles` says after the array."""
+    return _descriptor(_Address(address, dtype), *how)
 
 
-def _descriptor(array, shape: tuple[int, ...], block: tuple[int, ...], layout: Any):
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+def _descriptor(array, shape: tuple, block: tuple, layout: Any, strides: tuple | None):
+    if strides is None:
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    described = (array, list(shape), list(strides), list(block))
     if layout is None:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(array, list(shape), strides, list(block))
+        return TensorDescriptor(*described)
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(array, list(shape), strides, list(block), layout)
+    return TensorDescriptor(*described, layout)
 
 
 def direct() -> Callable[[int], int] | None:

@@ -43,7 +43,7 @@ def _tile(t, num_m, tiles_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
 @gluon.jit
 def _produce(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
     x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
@@ -61,13 +61,14 @@ def _produce(
     e, row0, jn = _tile(start, num_m, tiles_ptr, N_TILES, GROUP_M)
     next_e, next_row0, next_jn = _tile(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
     end = gl.load(offsets_ptr + e + 1)
-    slots = gl.load(perm_ptr + row0 + i, mask=row0 + i < S, other=0)
+    total = gl.load(offsets_ptr + num_experts)
+    slots = gl.load(perm_ptr + row0 + i, mask=row0 + i < total, other=0)
     for t in range(start, num_m * N_TILES, PROGRAMS):
         next_end = gl.load(offsets_ptr + next_e + 1)
         exists = row0 + i < end
         token = gl.where(exists, slots // TOP_K, 0)
         pointers = gl.expand_dims(grad_ptr + token.to(gl.int64) * K, 1) + cols
-        slots = gl.load(perm_ptr + next_row0 + i, mask=next_row0 + i < S, other=0)
+        slots = gl.load(perm_ptr + next_row0 + i, mask=next_row0 + i < total, other=0)
         after_e, after_row0, after_jn = _tile(t + 2 * PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
         for k0 in range(0, K, BLOCK_K):
             barrier = full.index(stage)
@@ -92,7 +93,7 @@ def _produce(
 @gluon.jit
 def _multiply(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
     x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
@@ -149,7 +150,7 @@ def _multiply(
 @gluon.jit
 def _finish(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
     x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
@@ -162,12 +163,10 @@ def _finish(
     j = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     sums = d_bufs._reinterpret(d_bufs.dtype, [2 * STEPS, STEP, BLOCK_N], d_bufs.layout)
     num_m = gl.load(num_tiles_ptr)
-    total = gl.load(offsets_ptr + num_experts)
     turn = 0
     for t in range(gl.program_id(0), num_m * N_TILES, PROGRAMS):
         e, row0, jn = _tile(t, num_m, tiles_ptr, N_TILES, GROUP_M)
         end = gl.load(offsets_ptr + e + 1)
-        last = gl.where(end == total, S, end)
         cols = jn * BLOCK_N + j
         _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M)
         for early in gl.static_range(H_STAGES):
@@ -182,7 +181,7 @@ def _finish(
                 _write_rows(
                     sums.index(step).load(layout), g_bufs.index(slot).load(layout),
                     u_bufs.index(slot).load(layout),
-                    s_buf.index(step).load(gl.SliceLayout(1, layout)), rows, cols, end, last,
+                    s_buf.index(step).load(gl.SliceLayout(1, layout)), rows, cols, end,
                     grad_h_ptr, a_ptr, dots_ptr, jn, N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, N_TILES,
                 )  # fmt: skip
                 _read_h(g_bufs, u_bufs, slot, h_ptr, rows + H_STAGES * STEP, cols, end, N)
@@ -219,14 +218,11 @@ def _at(ptr, rows, cols, width):
 
 @gluon.jit
 def _write_rows(
-    d, g, u, s, rows, cols, end, last, grad_h_ptr, a_ptr, dots_ptr, jn,
+    d, g, u, s, rows, cols, end, grad_h_ptr, a_ptr, dots_ptr, jn,
     N: gl.constexpr, KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
     LIMIT: gl.constexpr, OFFSET: gl.constexpr, N_TILES: gl.constexpr,
 ):  # fmt: skip
-    """grad_h, s*a and <d, a> of some rows.
-
-    Rows from `end` to `last` become zeros: weight_grad's steps meet them behind the last expert.
-    """
+    """grad_h, s*a and <d, a> of some rows."""
     inside = gl.expand_dims(cols < N, 0)
     d = d.to(gl.float32)
     if N % d.shape[1] != 0:
@@ -236,7 +232,7 @@ def _write_rows(
     gl.store(dots_ptr + rows.to(gl.int64) * N_TILES + jn, dots, mask=rows < end)
     s = gl.expand_dims(s, 1)
     d *= s
-    put = gl.expand_dims(rows < last, 1) & inside
+    put = gl.expand_dims(rows < end, 1) & inside
     at = _at(grad_h_ptr, rows, cols, 2 * N)
     gl.store(at, (d * by_g).to(g.dtype), mask=put)
     gl.store(at + N, (d * by_u).to(g.dtype), mask=put)
@@ -264,10 +260,10 @@ def _gate(g, u, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFF
         return gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
 
 
-@gluon.jit(do_not_specialize=["S"])  # no compilation for another number of tokens
+@gluon.jit
 def gate_backward_kernel(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
     KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
     OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -298,28 +294,28 @@ def gate_backward_kernel(
         [
             (_multiply, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
                 x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(0),
             )),
             (_multiply, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
                 x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(1),
             )),
             (_produce, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
                 x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
             )),
             (_finish, (
                 grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, S, num_experts,
+                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
                 x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
                 N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,

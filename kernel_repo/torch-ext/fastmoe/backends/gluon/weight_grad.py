@@ -1,8 +1,8 @@
 """The weight gradient over gathered rows: per expert a GEMM whose depth is data.
 
 Shapes: p (S, P) sorted by expert, q (T, Q) gathered through perm, out (E, P, Q) or transposed
-(E, Q, P), written by bulk copies, which leave out what lies past P or Q; p is finite in every row
-of a tile in use (q is zero past the expert's last row, so p need not be).
+(E, Q, P), written by bulk copies, which leave out what lies past P or Q, as those that read p do
+with rows past the expert's last.
 """
 
 from triton._C.libtriton import ir
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.gemm import in_groups
+from ..triton.gemm import ROWS_BOUND, in_groups
 from .pipeline import (
     advance,
     before,
@@ -95,7 +95,8 @@ def _produce(
             barrier = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(barrier, p_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(p_desc, [k0, p0], barrier, p_bufs.index(stage))
+            at = [ROWS_BOUND, hi, ROWS_BOUND - hi + k0, p0]
+            tma.async_copy_global_to_shared(p_desc, at, barrier, p_bufs.index(stage))
             copy_rows(q_bufs.index(stage), pointers, exists, barrier)
             stage, phase = advance(stage, phase, STAGES)
         if lo == hi:
@@ -170,7 +171,8 @@ def _consume(
             mbarrier.wait(full.index(stage), phase)
             fence_async_shared()  # cp.async wrote q, wgmma reads it through the other proxy
             q_k = q_bufs.index(stage).slice(GROUP * HALF, HALF, 1).permute((1, 0))
-            acc = warpgroup_mma(q_k, p_bufs.index(stage), acc, is_async=True)
+            p_k = p_bufs.index(stage).reshape((BLOCK_K, BLOCK_P))
+            acc = warpgroup_mma(q_k, p_k, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != 0)
             stage, phase = advance(stage, phase, STAGES)
@@ -204,8 +206,9 @@ def weight_grad_kernel(
     others.
     """
     dtype: gl.constexpr = p_desc.dtype
-    p_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_P], p_desc.layout)
-    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_Q], p_desc.layout)
+    p_bufs = gl.allocate_shared_memory(dtype, [STAGES] + p_desc.block_type.shape, p_desc.layout)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout(128, p_desc.layout.element_bitwidth, 2)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_Q], q_layout)
     out_bufs = gl.allocate_shared_memory(
         out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
     )

@@ -17,6 +17,7 @@ from .gemm import (
     load_weight,
     multiply_add,
     row_pointers,
+    store_rows,
     tile_of,
 )
 
@@ -78,66 +79,70 @@ def gate_forward(
 
 @triton.jit
 def up_gate_kernel(
-    x_ptr, w, bias_ptr, h_ptr, a_ptr, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    x_ptr, w, bias_ptr, h, h_up, a, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
     I: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_H: tl.constexpr,
-    TMA_W: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_W: tl.constexpr, TMA_OUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """h = x[token] @ w[e] + bias and a = gate(h).
 
-    BLOCK_N columns of a per tile, their g and u in one accumulator.
+    BLOCK_N columns of a per tile, their g and u in one accumulator. w, h and a are descriptors
+    (TMA) or pointers. h is written in two pieces; concatenated, these are g and u, and h and h_up
+    describe its halves.
     """
+    SPLIT: tl.constexpr = GATED and not INTERLEAVED
     WIDE: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     U: tl.constexpr = 2 * I if GATED else I
     num_m = tl.load(num_tiles_ptr)
     for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
         e, row0, jn = tile_of(t, tiles_ptr, num_m, N_TILES, GROUP_M)
         end = tl.load(offsets_ptr + e + 1)
-        pointers, rows, exists = row_pointers(x_ptr, perm_ptr, row0, end, K, BLOCK_M, TOP_K, True)
+        pointers, _, exists = row_pointers(x_ptr, perm_ptr, row0, end, K, BLOCK_M, TOP_K, True)
         acc = tl.zeros((BLOCK_M, WIDE), tl.float32)
         for k0 in range(0, K, BLOCK_K):
-            x_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
-            if GATED and not INTERLEAVED:
+            x_k = load_rows(pointers, exists, k0, K, BLOCK_K, K % BLOCK_K == 0)
+            if SPLIT:
                 w_k = load_gate_up_weight(
                     w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED
                 )
             else:
                 w_k = load_weight(w, e, jn * WIDE, k0, U, K, WIDE, BLOCK_K, TMA_W, TRANSPOSED)
             acc = multiply_add(x_k, w_k, acc, PRECISION)
-        j = tl.arange(0, WIDE)
-        if GATED and not INTERLEAVED:
-            wide = jn * BLOCK_N + j % BLOCK_N + (j // BLOCK_N) * I
-            inside = jn * BLOCK_N + j % BLOCK_N < I
-        else:
-            wide = jn * WIDE + j
-            inside = wide < U
         if HAS_BIAS:
+            j = tl.arange(0, WIDE)
+            if SPLIT:
+                wide = jn * BLOCK_N + j % BLOCK_N + (j // BLOCK_N) * I
+                inside = jn * BLOCK_N + j % BLOCK_N < I
+            else:
+                wide = jn * WIDE + j
+                inside = wide < U
             acc += tl.load(bias_ptr + e.to(tl.int64) * U + wide, mask=inside, other=0.0).to(
                 tl.float32
             )[None, :]
-        if STORE_H:
-            at = h_ptr + rows.to(tl.int64)[:, None] * U + wide[None, :]
-            tl.store(at, acc.to(h_ptr.dtype.element_ty), mask=exists[:, None] & inside[None, :])
-        if GATED:
-            if INTERLEAVED:
-                g, u = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-            else:
-                g, u = halves(acc, BLOCK_M, WIDE)
-            a, _, _ = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
+        if SPLIT:
+            g, u = halves(acc, BLOCK_M, WIDE)
+            if STORE_H:
+                store_rows(h, g, row0, end, jn * BLOCK_N, I, U, TMA_OUT, 1)
+                store_rows(h_up if TMA_OUT else h + I, u, row0, end, jn * BLOCK_N, I, U, TMA_OUT, 1)
         else:
-            a, _ = activation(acc, ACT, ALPHA)
-        cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
-        out = a_ptr + rows.to(tl.int64)[:, None] * I + cols[None, :]
-        tl.store(out, a.to(a_ptr.dtype.element_ty), mask=exists[:, None] & (cols < I)[None, :])
+            if STORE_H:
+                store_rows(h, acc, row0, end, jn * WIDE, U, U, TMA_OUT, 2)
+            if GATED:
+                g, u = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+        if GATED:
+            gated, _, _ = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
+        else:
+            gated, _ = activation(acc, ACT, ALPHA)
+        store_rows(a, gated, row0, end, jn * BLOCK_N, I, I, TMA_OUT, 1)
 
 
 @triton.jit
 def _gate_backward_columns(
-    d, col0, s, rows, exists, writes, h_ptr, grad_h_ptr, a_ptr,
+    d, col0, s, rows, exists, h_ptr, grad_h_ptr, a_ptr,
     I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     STORE_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -145,9 +150,8 @@ def _gate_backward_columns(
     """The epilogue for the columns of d from col0: writes grad_h and s*a, returns <d, a> by row."""
     U: tl.constexpr = 2 * I if GATED else I
     cols = col0 + tl.arange(0, COLUMNS)
-    reads = exists[:, None] & (cols < I)[None, :]
-    put = writes[:, None] & (cols < I)[None, :]
-    d = tl.where(reads, d, 0.0)
+    inside = exists[:, None] & (cols < I)[None, :]
+    d = tl.where(inside, d, 0.0)
     row = rows.to(tl.int64)[:, None]
     if INTERLEAVED:
         pairs = 2 * col0 + tl.arange(0, 2 * COLUMNS)
@@ -156,9 +160,9 @@ def _gate_backward_columns(
         )
         g, u = tl.split(tl.reshape(h.to(tl.float32), (ROWS, COLUMNS, 2)))
     else:
-        g = tl.load(h_ptr + row * U + cols[None, :], mask=reads, other=0.0).to(tl.float32)
+        g = tl.load(h_ptr + row * U + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            u = tl.load(h_ptr + row * U + I + cols[None, :], mask=reads, other=0.0).to(tl.float32)
+            u = tl.load(h_ptr + row * U + I + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if GATED:
         a, by_g, by_u = gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
     else:
@@ -170,32 +174,31 @@ def _gate_backward_columns(
             grad_h_ptr.dtype.element_ty
         )
         tl.store(
-            grad_h_ptr + row * U + pairs[None, :], pair, mask=writes[:, None] & (pairs < U)[None, :]
+            grad_h_ptr + row * U + pairs[None, :], pair, mask=exists[:, None] & (pairs < U)[None, :]
         )
     else:
         tl.store(
             grad_h_ptr + row * U + cols[None, :],
             (d * by_g).to(grad_h_ptr.dtype.element_ty),
-            mask=put,
+            mask=inside,
         )
         if GATED:
             tl.store(
                 grad_h_ptr + row * U + I + cols[None, :],
                 (d * by_u).to(grad_h_ptr.dtype.element_ty),
-                mask=put,
+                mask=inside,
             )
     if STORE_A:
-        tl.store(
-            a_ptr + row * I + cols[None, :], (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=put
-        )
+        at = a_ptr + row * I + cols[None, :]
+        tl.store(at, (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=inside)
     return dots
 
 
-@triton.jit(do_not_specialize=["S"])  # no compilation for another number of tokens
+@triton.jit
 def gate_backward_kernel(
     grad_ptr, w, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    S, I: tl.constexpr, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    I: tl.constexpr, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     TRANSPOSED: tl.constexpr, STORE_A: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,12 +208,10 @@ def gate_backward_kernel(
     """grad_h = gate'(h) * s*d, s*a, and this column tile's share of <d, a>.
 
     d is grad[token] @ down[e]. The epilogue runs on quarters of the columns, which is what the
-    registers hold beside the accumulator. The tile of the last expert also writes zeros to its rows
-    past the end: weight_grad's steps of BLOCK_K rows meet them, and must not find NaN there.
+    registers hold beside the accumulator.
     """
     QUARTER: tl.constexpr = BLOCK_N // 4
     num_m = tl.load(num_tiles_ptr)
-    total = tl.load(offsets_ptr + NUM_EXPERTS)
     for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
         e, row0, jn = tile_of(t, tiles_ptr, num_m, N_TILES, GROUP_M)
         end = tl.load(offsets_ptr + e + 1)
@@ -219,12 +220,11 @@ def gate_backward_kernel(
         )
         d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
-            g_k = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
+            g_k = load_rows(pointers, exists, k0, K, BLOCK_K, K % BLOCK_K == 0)
             w_k = load_weight(w, e, jn * BLOCK_N, k0, I, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
             d = multiply_add(g_k, w_k, d, PRECISION)
         slots = tl.load(perm_ptr + rows, mask=exists, other=0)
         s = tl.load(weights_ptr + slots, mask=exists, other=0.0).to(tl.float32)
-        writes = rows < tl.where(end == total, S, end)
         dots = tl.zeros((BLOCK_M,), tl.float32)
         left, right = halves(d, BLOCK_M, BLOCK_N)
         for half in tl.static_range(2):
@@ -233,7 +233,7 @@ def gate_backward_kernel(
                 dots += _gate_backward_columns(
                     first if quarter == 0 else second,
                     jn * BLOCK_N + (2 * half + quarter) * QUARTER,
-                    s, rows, exists, writes, h_ptr, grad_h_ptr, a_ptr,
+                    s, rows, exists, h_ptr, grad_h_ptr, a_ptr,
                     I, GATED, INTERLEAVED, ACT, ALPHA, LIMIT, OFFSET, STORE_A, BLOCK_M, QUARTER,
                 )  # fmt: skip
         tl.store(dots_ptr + rows.to(tl.int64) * N_TILES + jn, dots, mask=exists)

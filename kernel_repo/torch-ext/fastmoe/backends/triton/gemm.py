@@ -3,10 +3,16 @@
 Shapes: rows (S, K) or, gathered, x (T, K) through perm; weights (E, N, K) or transposed (E, K, N);
 out (S, N). A tile is block_m rows of one expert by BLOCK_N columns. Which tiles exist is data
 (tiles, num_tiles); the grid is not.
+
+Bulk copies (TMA) of sorted rows end where the expert's rows do, which is not an end that a
+descriptor could know. As in triton.tools.ragged_tma, two coordinates beside the row move the array
+so that a bound of ROWS_BOUND rows comes to lie there: addresses wrap around at 2**64 bytes.
 """
 
 import triton
 import triton.language as tl
+
+ROWS_BOUND = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -122,44 +128,70 @@ def row_pointers(
 
 
 @triton.jit
-def load_rows(pointers, k0, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """(BLOCK_M, BLOCK_K) of the rows from depth k0, zero past K.
-
-    Rows that do not exist read another row's data.
-    """
+def load_rows(pointers, exists, k0, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """(BLOCK_M, BLOCK_K) of the rows from depth k0; zeros past K and for rows that do not exist."""
     k = k0 + tl.arange(0, BLOCK_K)[None, :]
     if EVEN_K:
-        return tl.load(pointers + k)
+        return tl.load(pointers + k, mask=exists[:, None], other=0.0)
     else:
-        return tl.load(pointers + k, mask=k < K, other=0.0)
+        return tl.load(pointers + k, mask=exists[:, None] & (k < K), other=0.0)
+
+
+@triton.jit
+def store_rows(out, tile, row0, end, col0, N, STRIDE, TMA: tl.constexpr, PIECES: tl.constexpr):
+    """Writes the rows of a tile before `end` to out (S, N), at columns from col0 and before N.
+
+    out is a descriptor of ragged rows (TMA) or a pointer to rows STRIDE apart. A bulk copy has its
+    source in shared memory, so PIECES (1 or 2) column pieces go one after the other.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1] // PIECES
+    if not TMA:
+        rows = row0 + tl.arange(0, ROWS)
+        cols = col0 + tl.arange(0, tile.shape[1])
+        at = out + rows.to(tl.int64)[:, None] * STRIDE + cols[None, :]
+        tl.store(
+            at, tile.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (cols < N)[None, :]
+        )
+    elif PIECES == 1:
+        piece = tl.reshape(tile.to(out.dtype), (1, 1, ROWS, COLUMNS))
+        out.store([ROWS_BOUND, end, ROWS_BOUND - end + row0, col0], piece)
+    else:
+        tl.static_assert(PIECES == 2)
+        left, right = halves(tile, ROWS, tile.shape[1])
+        store_rows(out, left, row0, end, col0, N, STRIDE, TMA, 1)
+        store_rows(out, right, row0, end, col0 + COLUMNS, N, STRIDE, TMA, 1)
 
 
 @triton.jit
 def grouped_linear_kernel(
-    x, x_desc, w, bias_ptr, out_ptr, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    x, w, bias_ptr, out, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
     N, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_W: tl.constexpr, TMA_OUT: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     N_TILES: tl.constexpr, NUM_PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
+    """out = rows @ w[e] + bias; x, w and out are descriptors (TMA) or pointers."""
     num_m = tl.load(num_tiles_ptr)
     for t in tl.range(tl.program_id(0), num_m * N_TILES, NUM_PROGRAMS, flatten=FLATTEN):
         e, row0, jn = tile_of(t, tiles_ptr, num_m, N_TILES, GROUP_M)
         end = tl.load(offsets_ptr + e + 1)
-        pointers, rows, exists = row_pointers(x, perm_ptr, row0, end, K, BLOCK_M, TOP_K, GATHER)
+        if not TMA_X:
+            pointers, _, exists = row_pointers(x, perm_ptr, row0, end, K, BLOCK_M, TOP_K, GATHER)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             if TMA_X:
-                a = x_desc.load([row0, k0])
+                box = x.load([ROWS_BOUND, end, ROWS_BOUND - end + row0, k0])
+                a = tl.reshape(box, (BLOCK_M, BLOCK_K))
             else:
-                a = load_rows(pointers, k0, K, BLOCK_K, K % BLOCK_K == 0)
+                a = load_rows(pointers, exists, k0, K, BLOCK_K, K % BLOCK_K == 0)
             b = load_weight(w, e, jn * BLOCK_N, k0, N, K, BLOCK_N, BLOCK_K, TMA_W, TRANSPOSED)
             acc = multiply_add(a, b, acc, PRECISION)
-        cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
         if HAS_BIAS:
+            cols = jn * BLOCK_N + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + e.to(tl.int64) * N + cols, mask=cols < N, other=0.0).to(
                 tl.float32
             )[None, :]
-        out = out_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None] & (cols < N)[None, :])
+        store_rows(out, acc, row0, end, jn * BLOCK_N, N, N, TMA_OUT, PIECES)

@@ -7,7 +7,7 @@ transposed (E, Q, P).
 import triton
 import triton.language as tl
 
-from .gemm import multiply_add
+from .gemm import ROWS_BOUND, multiply_add
 
 
 @triton.jit
@@ -21,8 +21,7 @@ def weight_grad_kernel(
     """out[e] = sum over the rows of e of p[row]^T q[row]; (stride_p, stride_q) place it.
 
     With ACCUMULATE it is added to out in fp32; an expert without rows is neither read nor written.
-    q is zero past the expert's last row, so p may hold any finite value there, and does: the next
-    expert's rows.
+    p is a descriptor of ragged rows (TMA_P) or a pointer.
     """
     P_TILES: tl.constexpr = (P + BLOCK_M - 1) // BLOCK_M
     Q_TILES: tl.constexpr = (Q + BLOCK_N - 1) // BLOCK_N
@@ -41,7 +40,8 @@ def weight_grad_kernel(
             rows = k0 + tl.arange(0, BLOCK_K)
             exists = rows < hi
             if TMA_P:
-                a = p.load([k0, p0])
+                box = p.load([ROWS_BOUND, hi, ROWS_BOUND - hi + k0, p0])
+                a = tl.reshape(box, (BLOCK_K, BLOCK_M))
             else:
                 at = p + rows.to(tl.int64)[:, None] * P + cols_p[None, :]
                 a = tl.load(at, mask=exists[:, None] & (cols_p < P)[None, :], other=0.0)
