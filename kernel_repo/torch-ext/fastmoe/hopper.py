@@ -16,7 +16,7 @@ from .gates import Gate
 from .routing import Routing
 
 _BLOCK_M, _TILE_N, _BLOCK_K = 128, 256, 64
-_STAGES = 3  # the buffers of the results leave room for three
+_STAGES = 3  # beside buffers of 64 KiB for results; smaller ones leave room for another
 _GROUP_M = 8  # row tiles that share a column tile's weights in L2
 _TRITON = ((3, 6), (3, 7))  # the versions that these have run with
 
@@ -111,15 +111,16 @@ def weight_grad(
     """
     from .backends.gluon.weight_grad import weight_grad_kernel
 
-    half, columns = _BLOCK_M // 2, _TILE_N * 2 // out.element_size()  # of the buffer for results
+    half = _BLOCK_M // 2
     programs = num_programs(p.device)
-    out_block = (1, half, columns) if transpose_out else (1, columns, half)
+    out_block = (1, half, _TILE_N // 2) if transpose_out else (1, _TILE_N // 2, half)
+    stages = _STAGES + 1 if out.element_size() == 2 else _STAGES
     launch(
         weight_grad_kernel, (programs,),
         (ragged(p, (_BLOCK_K, _TILE_N), _tile_layout(16, 4)), q, _tiles(out, out_block),
          r.perm, r.offsets, torch.zeros(1, dtype=torch.int32, device=p.device)), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
-         _TILE_N, _BLOCK_M, _BLOCK_K, _STAGES),
+         _TILE_N, _BLOCK_M, _BLOCK_K, stages),
         num_warps=4,
     )  # fmt: skip
 

@@ -118,14 +118,11 @@ def _add_shared_to_global(desc, coord, source, _semantic=None):
 
 @gluon.jit
 def _write(out_desc, out, acc, e, p0, q0, TRANSPOSE: gl.constexpr, ADD: gl.constexpr):
-    """A tile, q by p, through the store buffer `out`, which holds half of an fp32 one."""
-    COLUMNS: gl.constexpr = acc.shape[1]
-    if out.shape[2 if TRANSPOSE else 1] < COLUMNS:
-        left, right = acc.reshape((acc.shape[0], 2, COLUMNS // 2)).permute((0, 2, 1)).split()
-        _write_part(out_desc, out, left, e, p0, q0, TRANSPOSE, ADD)
-        _write_part(out_desc, out, right, e, p0 + COLUMNS // 2, q0, TRANSPOSE, ADD)
-    else:
-        _write_part(out_desc, out, acc, e, p0, q0, TRANSPOSE, ADD)
+    """A tile, q by p, through the store buffer `out`, which holds half of one."""
+    COLUMNS: gl.constexpr = acc.shape[1] // 2
+    left, right = acc.reshape((acc.shape[0], 2, COLUMNS)).permute((0, 2, 1)).split()
+    _write_part(out_desc, out, left, e, p0, q0, TRANSPOSE, ADD)
+    _write_part(out_desc, out, right, e, p0 + COLUMNS, q0, TRANSPOSE, ADD)
 
 
 @gluon.jit
