@@ -27,6 +27,15 @@ def test_fused(p, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("inner", "transposed"), [(160, False), (128, True), (132, False)])
+def test_many_rows_an_expert(inner, transposed, dtype):
+    """Several tiles of an expert, the last one whole, half and less; columns past a tile's end."""
+    p = Problem("many", 700, 192, inner, 4, 2, sentinels=0.1, skew=1.0, transposed=transposed)
+    inputs = make_inputs(p, dtype, DEVICE)
+    assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_leaves_what_is_not_finite_with_its_expert(dtype):
     """Steps of the weight gradients reach past an expert's last row, to the next one's first."""
     p = Problem("neighbours", 300, 64, 64, 3, 1)

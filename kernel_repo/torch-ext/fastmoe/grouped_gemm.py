@@ -80,10 +80,13 @@ def grouped_linear(
     """
     if backend_name(rows) == "torch":
         return torch_ops.grouped_linear(rows, w, bias, r, transposed, gather)
-    from .backends.triton.gemm import grouped_linear_kernel
-
     num_rows, (width, depth) = r.perm.numel(), _out_in(w, transposed)
     out = rows.new_empty(num_rows, width)
+    if bias is None and not gather and hopper.serves_linear(rows, w, r, transposed):
+        hopper.linear(rows, w, out, r, transposed)
+        return out
+    from .backends.triton.gemm import grouped_linear_kernel
+
     c = tuning.gemm_config("linear", rows.device, rows.dtype, r.block_m)
     n_tiles = -(-width // c.block_n)
     operand, tma = _weight_operand(w, transposed, c.block_n, c.block_k)
@@ -219,15 +222,16 @@ def bias_grad(
 def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
 
-    "gluon" holds for rows that bulk copies can read (multiples of 16 bytes; the gate gradient: H a
-    multiple of 64, I of 8, no interleaved gate, 65 rows an expert and more), else "triton" does.
+    "gluon" holds for rows that bulk copies can read (multiples of 16 bytes) and, but for the weight
+    gradients, 65 rows an expert and more: down without a bias, the gate gradient where H is a
+    multiple of 64 and the gate not interleaved. Else "triton" does.
     """
     name = backend_name(torch.empty(0, dtype=dtype, device=device))
     parts = dict.fromkeys(
         ("routing", "up+gate", "down", "combine", "gate gradient", "weight gradients"), name
     )
     if name == "triton" and dtype.itemsize == 2 and hopper.available(device):
-        parts["weight gradients"] = "gluon"
+        parts["down"] = parts["weight gradients"] = "gluon"
         if dtype == torch.bfloat16:
             parts["gate gradient"] = "gluon"
     return parts

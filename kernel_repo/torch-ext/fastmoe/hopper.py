@@ -88,6 +88,44 @@ def gate_backward(
     return grad_h, a, dots
 
 
+def serves_linear(rows: torch.Tensor, w: torch.Tensor, r: Routing, transposed: bool) -> bool:
+    """Whether the kernel takes rows (S, K), sorted by expert, and w (E, N, K) or (E, K, N).
+
+    It does if they are 16-bit and aligned, there are more than 64 rows an expert, and no step
+    reaches past the K rows of a transposed weight.
+    """
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (rows, w))
+    whole = rows.shape[1] % _BLOCK_K == 0 if transposed else w.shape[1] % 8 == 0
+    return (
+        r.block_m == _BLOCK_M
+        and rows.dtype in (torch.bfloat16, torch.float16)
+        and available(rows.device)
+        and aligned
+        and whole
+        and rows.shape[0] > 0
+    )
+
+
+def linear(
+    rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor, r: Routing, transposed: bool
+) -> None:
+    """Writes out (S, N); see `grouped_gemm.grouped_linear`."""
+    from .backends.gluon.linear import grouped_linear_kernel
+
+    n_tiles = -(-out.shape[1] // _TILE_N)
+    programs = num_programs(rows.device)
+    layout = _tile_layout(16, 4)
+    block = (_BLOCK_K, _TILE_N) if transposed else (_TILE_N, _BLOCK_K)
+    launch(
+        grouped_linear_kernel, (programs,),
+        (ragged(rows, (_BLOCK_M, _BLOCK_K), layout), _tiles(w, block),
+         ragged(out, (_BLOCK_M // 2, _TILE_N), layout), r.offsets, r.tiles, r.num_tiles), (),
+        (out.shape[1], rows.shape[1], transposed, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M,
+         programs),
+        num_warps=4,
+    )  # fmt: skip
+
+
 def serves_weight_grad(p: torch.Tensor, q: torch.Tensor) -> bool:
     """Whether the kernel takes p (S, P) and gathered q (T, Q).
 

@@ -22,22 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.gated import gate_forward
-from ..triton.gemm import in_groups
-from .pipeline import advance, before, copy_rows, make_barriers
+from .pipeline import advance, before, copy_rows, make_barriers, tile_of
 
 PRODUCER_WARPS = gl.constexpr(2)
 EPILOGUE_WARPS = gl.constexpr(2)
 STEP = gl.constexpr(4)  # rows that the epilogue takes at once
 H_STAGES = gl.constexpr(3)  # steps of h that it reads ahead
-
-
-@gluon.jit
-def _tile(t, num_m, tiles_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
-    """Expert, first row and column tile of work item t; of an item past the end, expert 0."""
-    m, jn = in_groups(t, num_m, N_TILES, GROUP_M)
-    exists = t < num_m * N_TILES
-    e = gl.load(tiles_ptr + 2 * m, mask=exists, other=0)
-    return e, gl.load(tiles_ptr + 2 * m + 1, mask=exists, other=0), jn
 
 
 @gluon.jit
@@ -58,8 +48,8 @@ def _produce(
     phase = 0
     # Which tile comes next is read two tiles ahead, and its rows' slots one tile ahead.
     start = gl.program_id(0)
-    e, row0, jn = _tile(start, num_m, tiles_ptr, N_TILES, GROUP_M)
-    next_e, next_row0, next_jn = _tile(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
+    next_e, next_row0, next_jn = tile_of(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
     end = gl.load(offsets_ptr + e + 1)
     total = gl.load(offsets_ptr + num_experts)
     slots = gl.load(perm_ptr + row0 + i, mask=row0 + i < total, other=0)
@@ -69,7 +59,8 @@ def _produce(
         token = gl.where(exists, slots // TOP_K, 0)
         pointers = gl.expand_dims(grad_ptr + token.to(gl.int64) * K, 1) + cols
         slots = gl.load(perm_ptr + next_row0 + i, mask=next_row0 + i < total, other=0)
-        after_e, after_row0, after_jn = _tile(t + 2 * PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+        after = t + 2 * PROGRAMS
+        after_e, after_row0, after_jn = tile_of(after, num_m, tiles_ptr, N_TILES, GROUP_M)
         for k0 in range(0, K, BLOCK_K):
             barrier = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -108,12 +99,12 @@ def _multiply(
     phase = 0
     turn = 0
     start = gl.program_id(0)
-    e, row0, jn = _tile(start, num_m, tiles_ptr, N_TILES, GROUP_M)
-    next_e, next_row0, jn = _tile(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
+    next_e, next_row0, jn = tile_of(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
     end = gl.load(offsets_ptr + e + 1)
     for t in range(start, num_m * N_TILES, PROGRAMS):
         next_end = gl.load(offsets_ptr + next_e + 1)
-        e, after_row0, jn = _tile(t + 2 * PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+        e, after_row0, jn = tile_of(t + 2 * PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
         if row0 + GROUP * ROWS < end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
             for k0 in range(0, K, BLOCK_K):
@@ -165,7 +156,7 @@ def _finish(
     num_m = gl.load(num_tiles_ptr)
     turn = 0
     for t in range(gl.program_id(0), num_m * N_TILES, PROGRAMS):
-        e, row0, jn = _tile(t, num_m, tiles_ptr, N_TILES, GROUP_M)
+        e, row0, jn = tile_of(t, num_m, tiles_ptr, N_TILES, GROUP_M)
         end = gl.load(offsets_ptr + e + 1)
         cols = jn * BLOCK_N + j
         _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M)

@@ -11,7 +11,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..triton.gemm import in_groups
+
 CONSUMERS = gl.constexpr(2)
+
+
+@gluon.jit
+def tile_of(t, num_m, tiles_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
+    """Expert, first row and column tile of work item t; of an item past the end, expert 0."""
+    m, jn = in_groups(t, num_m, N_TILES, GROUP_M)
+    exists = t < num_m * N_TILES
+    e = gl.load(tiles_ptr + 2 * m, mask=exists, other=0)
+    return e, gl.load(tiles_ptr + 2 * m + 1, mask=exists, other=0), jn
 
 
 @gluon.jit

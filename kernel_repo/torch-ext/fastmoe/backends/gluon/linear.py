@@ -1,0 +1,143 @@
+"""The grouped GEMM over sorted rows, all of it by bulk copies.
+
+A producer's warp fills a ring of stages; two warpgroups multiply, 64 rows of the tile each, and
+leave their results to copies that end at the expert's last row. A warpgroup whose 64 rows lie past
+that end multiplies nothing.
+
+Shapes: x (S, K) and out (S, N) in ragged rows (backends/triton/gemm.py); weights (E, N, K) or
+transposed (E, K, N), their experts as one matrix.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..triton.gemm import ROWS_BOUND
+from .pipeline import advance, before, make_barriers, tile_of
+
+
+@gluon.jit
+def _produce(
+    x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, out_bufs,
+    full, empty, N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    num_m = gl.load(num_tiles_ptr)
+    stage = 0
+    phase = 0
+    start = gl.program_id(0)
+    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
+    end = gl.load(offsets_ptr + e + 1)
+    for t in range(start, num_m * N_TILES, PROGRAMS):
+        next_e, next_row0, next_jn = tile_of(t + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+        next_end = gl.load(offsets_ptr + next_e + 1)
+        for k0 in range(0, K, BLOCK_K):
+            barrier = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(barrier, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            at = [ROWS_BOUND, end, ROWS_BOUND - end + row0, k0]
+            tma.async_copy_global_to_shared(x_desc, at, barrier, x_bufs.index(stage))
+            if TRANSPOSED:
+                at_w = [e * K + k0, jn * BLOCK_N]
+            else:
+                at_w = [e * N + jn * BLOCK_N, k0]
+            tma.async_copy_global_to_shared(w_desc, at_w, barrier, w_bufs.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+        e = next_e
+        row0 = next_row0
+        jn = next_jn
+        end = next_end
+
+
+@gluon.jit
+def _multiply(
+    x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, out_bufs,
+    full, empty, N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = out_desc.block_type.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out = out_bufs.index(GROUP)
+    num_m = gl.load(num_tiles_ptr)
+    stage = 0
+    phase = 0
+    start = gl.program_id(0)
+    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
+    end = gl.load(offsets_ptr + e + 1)
+    for t in range(start, num_m * N_TILES, PROGRAMS):
+        next_e, next_row0, next_jn = tile_of(t + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+        next_end = gl.load(offsets_ptr + next_e + 1)
+        if row0 + GROUP * ROWS < end:
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
+            for k0 in range(0, K, BLOCK_K):
+                mbarrier.wait(full.index(stage), phase)
+                x_k = x_bufs.index(stage).reshape(x_desc.block_type.shape[2:])
+                w_k = w_bufs.index(stage)
+                if not TRANSPOSED:
+                    w_k = w_k.permute((1, 0))
+                x_k = x_k.slice(GROUP * ROWS, ROWS, 0)
+                acc = warpgroup_mma(x_k, w_k, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != 0)
+                stage, phase = advance(stage, phase, STAGES)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
+            tma.store_wait(0)  # the last tile's results have left the buffer
+            out.reshape(out_desc.block_type.shape[2:]).store(acc.to(out_desc.dtype))
+            fence_async_shared()
+            at = [ROWS_BOUND, end, ROWS_BOUND - end + row0 + GROUP * ROWS, jn * BLOCK_N]
+            tma.async_copy_shared_to_global(out_desc, at, out)
+        else:
+            for _ in range(0, K, BLOCK_K):
+                mbarrier.wait(full.index(stage), phase)
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = advance(stage, phase, STAGES)
+        e = next_e
+        row0 = next_row0
+        jn = next_jn
+        end = next_end
+    tma.store_wait(0)
+
+
+@gluon.jit
+def grouped_linear_kernel(
+    x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """out = x @ w[e], each expert's rows by its weight."""
+    dtype: gl.constexpr = w_desc.dtype
+    x_bufs = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [2] + out_desc.block_type.shape, out_desc.layout)
+    full, empty = make_barriers(STAGES, 0)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, out_bufs, full, empty, N, K, TRANSPOSED,
+                BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(0),
+            )),
+            (_multiply, (
+                x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, out_bufs, full, empty, N, K, TRANSPOSED,
+                BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(1),
+            )),
+            (_produce, (
+                x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, out_bufs, full, empty, N, K, TRANSPOSED,
+                BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
+            )),
+        ],
+        [4, 1],
+        [208, 48],
+    )  # fmt: skip
