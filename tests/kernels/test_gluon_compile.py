@@ -1,4 +1,4 @@
-"""The weight gradient's Gluon kernel compiled for a Hopper GPU that is not here; nothing is run."""
+"""The Gluon kernels compiled for a Hopper GPU that is not here; nothing is run."""
 
 import pytest
 
@@ -11,6 +11,8 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 
 from fastmoe import hopper  # noqa: E402
+from fastmoe.backends.gluon.gated import gate_backward_kernel  # noqa: E402
+from fastmoe.backends.gluon.linear import grouped_linear_kernel  # noqa: E402
 from fastmoe.backends.gluon.weight_grad import weight_grad_kernel  # noqa: E402
 
 SHARED_MEMORY = 232_448  # bytes one program may have
@@ -21,35 +23,74 @@ def descriptor(dtype: str, bits: int, *block: int) -> str:
     return f"tensordesc<{dtype}[{', '.join(map(str, block))}],{layout!r}>"
 
 
+def ptx_of(kernel, types: dict[str, str], values: dict) -> str:
+    """The assembly of a kernel with arguments of these types and constants of these values."""
+    names = [p.name for p in kernel.params]
+    source = GluonASTSource(
+        kernel,
+        {n: types.get(n, "constexpr") for n in names},
+        {n: values[n] for n in names if n in values},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in types if types[n].startswith("*")},
+    )
+    target = GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options=dict(num_warps=4))
+    assert 0 < compiled.metadata.shared <= SHARED_MEMORY
+    return compiled.asm["ptx"]
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("add", [None, "bf16", "fp32"])
 @pytest.mark.parametrize("width", [2048, 2880])  # a multiple of the tile, and not
-def test_fits_a_hopper_gpu_and_adds_by_bulk_copies(width, add, transpose):
-    bits = 32 if add == "fp32" else 16
-    half, columns = hopper._BLOCK_M // 2, hopper._TILE_N * 16 // bits
+def test_weight_grad_fits_and_adds_by_bulk_copies(width, add, transpose):
+    half, columns = hopper._BLOCK_M // 2, hopper._TILE_N // 2
     block = (1, half, columns) if transpose else (1, columns, half)
     types = dict(
-        p_desc=descriptor("bf16", 16, hopper._BLOCK_K, hopper._TILE_N), q_ptr="*bf16",
-        out_desc=descriptor(add or "bf16", bits, *block),
+        p_desc=descriptor("bf16", 16, 1, 1, hopper._BLOCK_K, hopper._TILE_N), q_ptr="*bf16",
+        out_desc=descriptor(add or "bf16", 32 if add == "fp32" else 16, *block),
         perm_ptr="*i32", offsets_ptr="*i32", next_ptr="*i32", num_experts="i32",
     )  # fmt: skip
     values = dict(
         P=width, Q=width, TOP_K=8, TRANSPOSE=transpose, ADD=add is not None,
         BLOCK_P=hopper._TILE_N, BLOCK_Q=hopper._BLOCK_M, BLOCK_K=hopper._BLOCK_K,
-        STAGES=hopper._STAGES,
+        STAGES=hopper._STAGES if add == "fp32" else hopper._STAGES + 1,
     )  # fmt: skip
-    names = [p.name for p in weight_grad_kernel.params]
-    source = GluonASTSource(
-        weight_grad_kernel,
-        {n: types.get(n, "constexpr") for n in names},
-        {n: values[n] for n in names if n in values},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in ("q_ptr", "perm_ptr")},
-    )
-    target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=4))
-    assert 0 < compiled.metadata.shared <= SHARED_MEMORY
-    ptx = compiled.asm["ptx"]
+    ptx = ptx_of(weight_grad_kernel, types, values)
     stores = ptx.count("cp.async.bulk.tensor.3d.global.shared")
     adds = ptx.count("cp.reduce.async.bulk.tensor.3d.global.shared")
-    writes = 4 if add == "fp32" else 2  # by each of two warpgroups, halves of an fp32 tile
-    assert (stores, adds) == ((0, writes) if add else (writes, 0))
+    assert (stores, adds) == ((0, 4) if add else (4, 0))  # two warpgroups, halves of a tile
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [2048, 2880])
+def test_linear_fits_and_writes_by_bulk_copies(width, transposed):
+    tile, step = hopper._TILE_N, hopper._BLOCK_K
+    types = dict(
+        x_desc=descriptor("bf16", 16, 1, 1, hopper._BLOCK_M, step),
+        w_desc=descriptor("bf16", 16, *((step, tile) if transposed else (tile, step))),
+        out_desc=descriptor("bf16", 16, 1, 1, hopper._BLOCK_M // 2, tile),
+        offsets_ptr="*i32", tiles_ptr="*i32", num_tiles_ptr="*i32",
+    )  # fmt: skip
+    values = dict(
+        N=width, K=1536, TRANSPOSED=transposed, BLOCK_N=tile, BLOCK_K=step, STAGES=hopper._STAGES,
+        N_TILES=-(-width // tile), GROUP_M=8, PROGRAMS=132,
+    )  # fmt: skip
+    ptx = ptx_of(grouped_linear_kernel, types, values)
+    assert ptx.count("cp.async.bulk.tensor.4d.global.shared") == 2  # one of each warpgroup
+
+
+@pytest.mark.parametrize(
+    "gate", [dict(ACT="silu", LIMIT=float("inf")), dict(ACT="gelu", LIMIT=7.0)]
+)
+def test_gate_backward_fits(gate):
+    tile, step = hopper._TILE_N, hopper._BLOCK_K
+    pointers = ("grad_ptr", "weights_ptr", "h_ptr", "grad_h_ptr", "a_ptr")
+    types = dict.fromkeys(pointers, "*bf16") | dict(
+        w_desc=descriptor("bf16", 16, step, tile), dots_ptr="*fp32", perm_ptr="*i32",
+        offsets_ptr="*i32", tiles_ptr="*i32", num_tiles_ptr="*i32", num_experts="i32",
+    )  # fmt: skip
+    values = gate | dict(
+        N=768, K=2048, TOP_K=8, TRANSPOSED=True, KEEP_A=True, ALPHA=1.0, OFFSET=0.0,
+        BLOCK_M=hopper._BLOCK_M, BLOCK_N=tile, BLOCK_K=step, STAGES=hopper._STAGES,
+        N_TILES=3, GROUP_M=8, PROGRAMS=132,
+    )  # fmt: skip
+    assert "wgmma" in ptx_of(gate_backward_kernel, types, values)
