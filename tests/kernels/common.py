@@ -14,6 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if DEVICE == "cuda" else [torch.float32]
 
 
+FEW = 64  # numbers whose error's norm is luck
+
+
 class Recorder(TorchDispatchMode):
     """Names of the fastmoe ops that were called."""
 
@@ -54,7 +57,9 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 def assert_as_good_as_torch(got, p: Problem, inputs: Inputs, **options) -> None:
     """Every result of `got` is about as far from fp64 as plain PyTorch in the same dtype.
 
-    That is at most twice as far, plus rounding.
+    That is at most twice as far, plus rounding. A routing weight's gradient is one dot product;
+    where its terms cancel, it is their rounding that counts, and of few such numbers neither side's
+    error says much of the other's.
     """
     dtype = inputs.x.dtype
     truth = run(fastmoe.reference_experts, p, inputs, torch.float64, **options)
@@ -62,5 +67,26 @@ def assert_as_good_as_torch(got, p: Problem, inputs: Inputs, **options) -> None:
     eps = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps / 4
     for name, value in got.items():
         assert value.dtype == dtype, name
-        ours, bound = error(value, truth[name]), 2 * error(torch_in_dtype[name], truth[name]) + eps
-        assert ours <= bound, f"{p.name} {name}: error {ours:.3g} above {bound:.3g}"
+        rounding = eps
+        if name == "top_k_weights" and (numbers := int(truth[name].count_nonzero())):
+            rounding *= max(1.0, _terms_of_dots(p, inputs, **options) / float(truth[name].norm()))
+            rounding *= 4 if numbers < FEW else 1
+        ours, bound = error(value, truth[name]), 2 * error(torch_in_dtype[name], truth[name])
+        assert ours <= bound + rounding, (
+            f"{p.name} {name}: error {ours:.3g} above {bound:.3g} + {rounding:.3g}"
+        )
+
+
+def _terms_of_dots(p: Problem, inputs: Inputs, **options) -> float:
+    """The Euclidean norm of all terms grad * y, whose sums are the routing weights' gradients."""
+    names = ("x", "up", "down", "up_bias", "down_bias", "grad")
+    x, up, down, up_bias, down_bias, grad = (
+        None if (t := getattr(inputs, n)) is None else t.double() for n in names
+    )
+    slots = inputs.top_k_index.reshape(-1, 1)
+    y = fastmoe.reference_experts(
+        x.repeat_interleave(p.K, 0), slots, torch.ones_like(slots, dtype=x.dtype), up, down,
+        up_bias=up_bias, down_bias=down_bias, is_transposed=p.transposed,
+        **{"gate": gate_of(p)} | options,
+    )  # fmt: skip
+    return float((y * grad.repeat_interleave(p.K, 0)).norm())
