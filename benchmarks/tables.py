@@ -11,6 +11,7 @@ from .floors import DENSE
 from .peers import OURS
 
 START = 20  # steps over which runs that train are compared, at their start and at their end
+LARGE_SHARE = 0.05  # of a step, from which a peer's kernel has a line of its own
 
 
 def _limits(rows: list[Row]) -> dict[tuple, Row]:
@@ -66,30 +67,26 @@ def _decode(result: Result) -> str:
 
 
 def _kernels(result: Result) -> str:
-    """Ours launch by launch; of the others, the launches of a phase as one line."""
+    """Ours launch by launch; of the others, the large ones, and the rest of a phase as one line."""
     lines, others = [], defaultdict(list)
     for row in result["rows"]:
         if status(row):
             continue
-        if row["implementation"] != OURS:
-            others[row["implementation"], row["T"], row["phase"]].append(row)
+        who = [label(row["implementation"], result), str(row["T"]), row["phase"]]
+        if row["implementation"] != OURS and row["share"] < LARGE_SHARE:
+            others[tuple(who)].append(row)
             continue
         lines.append(
-            [
-                label(row["implementation"], result),
-                str(row["T"]),
-                row["phase"],
-                f"`{row['kernel']}`",
-            ]
-            + [row["work"] or "-", number(row["time"]["median_ms"] * 1e3), f"{row['share']:.1%}"]
+            [*who, f"`{row['kernel']}`", row["work"] or "-"]
+            + [number(row["time"]["median_ms"] * 1e3), f"{row['share']:.1%}"]
             + [figure(row, "tflops"), figure(row, "gbs")]
             + [f"{row['of_floor']:.0%}" if row.get("of_floor") else "-"]
         )
-    for (name, tokens, phase), rows in others.items():
+    for who, rows in others.items():
         total = sum(row["time"]["median_ms"] for row in rows)
         share = sum(row["share"] for row in rows)
-        line = [label(name, result), str(tokens), phase, f"{len(rows)} launches", "-"]
-        lines.append([*line, number(total * 1e3), f"{share:.1%}", "-", "-", "-"])
+        line = [*who, f"{len(rows)} launches", "-", number(total * 1e3), f"{share:.1%}"]
+        lines.append([*line, "-", "-", "-"])
     header = ["", "T", "phase", "kernel", "work", "µs", "share of step"]
     return markdown([*header, "TFLOP/s", "GB/s", "at floor"], lines)
 
