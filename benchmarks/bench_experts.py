@@ -122,6 +122,8 @@ def _problems(mode: str, args: argparse.Namespace, on_gpu: bool) -> list[Problem
         chosen = TRAINING[:2] if args.quick else TRAINING
     elif mode == "decode":
         chosen = (DECODE[0], DECODE[-1]) if args.quick else DECODE
+    elif mode == "kernels":
+        chosen = (TRAINING[0], TRAINING[0].at(FIRST_STEP_T))
     else:
         chosen = (TRAINING[0].at(FIRST_STEP_T),)
     return list(chosen)

@@ -29,7 +29,7 @@ class Work:
 
     what: str  # a GEMM of floors.dense_gemms, or words, e.g. "sum over slots"
     flops: int = 0  # of the GEMM, e.g. 824633720832
-    nbytes: int = 0  # least traffic of a kernel that is bound by bandwidth, e.g. 603979776
+    nbytes: int = 0  # least traffic: every operand read once, every result written, e.g. 603979776
 
 
 def work_of(problem: Problem, element: int) -> dict[tuple[str, int], Work]:
@@ -40,19 +40,24 @@ def work_of(problem: Problem, element: int) -> dict[tuple[str, int], Work]:
     """
     p, s = problem, problem.T * problem.K
     small, large = 2 * s * p.H * p.I, 2 * s * p.H * 2 * p.I  # GEMMs with I and with 2I
-    summed = Work("sum over slots", nbytes=element * (s * p.H + p.T * p.H))
+    tokens, rows, gate = (element * n for n in (p.T * p.H, s * p.H, s * 2 * p.I))  # x, y, h
+    inner = gate // 2  # a
+    down = element * p.E * p.H * p.I
+    summed = Work("sum over slots", nbytes=rows + tokens)
     return {
         ("count_kernel", 0): Work("tokens per expert", nbytes=8 * s),
         ("place_kernel", 0): Work("rows and tiles", nbytes=(8 + 4 + 4) * s),
-        ("up_gate_kernel", 0): Work("up", flops=large),
-        ("grouped_linear_kernel", 0): Work("down", flops=small),
+        ("up_gate_kernel", 0): Work("up", large, tokens + 2 * down + gate + inner),
+        ("grouped_linear_kernel", 0): Work("down", small, inner + down + rows),
         ("combine_kernel", 0): summed,
-        ("gate_backward_kernel", 0): Work("down input gradient", flops=small),
+        ("gate_backward_kernel", 0): Work(
+            "down input gradient", small, tokens + down + gate + gate + inner
+        ),
         ("routing_weight_grad_kernel", 0): Work("sum of dots", nbytes=(4 + 4 + element) * s),
-        ("weight_grad_kernel", 0): Work("down weight gradient", flops=small),
-        ("grouped_linear_kernel", 1): Work("up input gradient", flops=large),
+        ("weight_grad_kernel", 0): Work("down weight gradient", small, tokens + inner + down),
+        ("grouped_linear_kernel", 1): Work("up input gradient", large, gate + 2 * down + rows),
         ("combine_kernel", 1): summed,
-        ("weight_grad_kernel", 1): Work("up weight gradient", flops=large),
+        ("weight_grad_kernel", 1): Work("up weight gradient", large, tokens + gate + 2 * down),
     }
 
 
@@ -141,10 +146,13 @@ def rows_of(
 
 
 def _add_floor(row: Row, gemm_ms: dict[str, float], bandwidth: float | None) -> None:
-    """The share of the floor: a dense matmul's time over the kernel's, or its bandwidth over the
-    measured one.
+    """The share of the floor: the least traffic at the measured bandwidth, or for a GEMM the dense
+    matmul's time where that is longer, over the kernel's time.
     """
+    shares = []
     if row["tflops"]:
-        row["of_floor"] = gemm_ms[row["work"]] / row["time"]["median_ms"]
-    elif row["gbs"] and bandwidth:
-        row["of_floor"] = row["gbs"] * 1e9 / bandwidth
+        shares.append(gemm_ms[row["work"]] / row["time"]["median_ms"])
+    if row["gbs"] and bandwidth:
+        shares.append(row["gbs"] * 1e9 / bandwidth)
+    if shares:
+        row["of_floor"] = max(shares)

@@ -67,13 +67,17 @@ def _decode(result: Result) -> str:
 
 
 def _kernels(result: Result) -> str:
-    """Ours launch by launch; of the others, the large ones, and the rest of a phase as one line."""
-    lines, others = [], defaultdict(list)
+    """Ours launch by launch, and all together; of the others, the large launches, and the rest of a
+    phase as one line.
+    """
+    lines, others, ours = [], defaultdict(list), defaultdict(list)
     for row in result["rows"]:
         if status(row):
             continue
         who = [label(row["implementation"], result), str(row["T"]), row["phase"]]
-        if row["implementation"] != OURS and row["share"] < LARGE_SHARE:
+        if row["implementation"] == OURS:
+            ours[tuple(who[:2])].append(row)
+        elif row["share"] < LARGE_SHARE:
             others[tuple(who)].append(row)
             continue
         lines.append(
@@ -82,6 +86,11 @@ def _kernels(result: Result) -> str:
             + [figure(row, "tflops"), figure(row, "gbs")]
             + [f"{row['of_floor']:.0%}" if row.get("of_floor") else "-"]
         )
+    for who, rows in ours.items():
+        times = [row["time"]["median_ms"] for row in rows]
+        floor = sum(t * row.get("of_floor", 0) for t, row in zip(times, rows, strict=True))
+        line = [*who, "step", f"{len(rows)} launches", "-", number(sum(times) * 1e3), "100%"]
+        lines.append([*line, "-", "-", f"{floor / sum(times):.0%}"])
     for who, rows in others.items():
         total = sum(row["time"]["median_ms"] for row in rows)
         share = sum(row["share"] for row in rows)

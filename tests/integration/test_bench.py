@@ -254,6 +254,13 @@ def test_rates_and_shares_of_launches():
     assert [r["gbs"] for r in rows] == [None, None, 3.0]
 
 
+def test_the_floor_of_a_gemm_is_the_later_of_the_dense_one_and_its_bytes():
+    row = {"work": "up", "time": {"median_ms": 2.0}, "tflops": 1.0, "gbs": 100.0}
+    for dense_ms, bandwidth, share in ((1.5, 1e12, 0.75), (0.1, 2e11, 0.5), (0.1, None, 0.05)):
+        kernel_times._add_floor(row, {"up": dense_ms}, bandwidth)
+        assert row["of_floor"] == pytest.approx(share)
+
+
 def test_the_work_table_knows_our_kernels_and_adds_up_to_a_step():
     work = kernel_times.work_of(SMALL, 2)
     sources = (ROOT / "kernel_repo/torch-ext/fastmoe/backends/triton").glob("*.py")
