@@ -57,9 +57,9 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 def assert_as_good_as_torch(got, p: Problem, inputs: Inputs, **options) -> None:
     """Every result of `got` is about as far from fp64 as plain PyTorch in the same dtype.
 
-    That is at most twice as far, plus rounding. A routing weight's gradient is one dot product;
-    where its terms cancel, it is their rounding that counts, and of few such numbers neither side's
-    error says much of the other's.
+    That is at most twice as far, plus rounding. A routing weight's gradient is one dot product:
+    where its terms cancel, it is their rounding that counts, and of fewer than `FEW` such numbers,
+    of whose error neither side's says much of the other's, four times as much.
     """
     dtype = inputs.x.dtype
     truth = run(fastmoe.reference_experts, p, inputs, torch.float64, **options)

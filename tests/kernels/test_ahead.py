@@ -21,9 +21,8 @@ from tests.kernels.common import DEVICE, DTYPES, gate_of, run
 
 PLAIN = Problem("plain", 30, 32, 48, 5, 2)
 SIXTEENS = Problem("sixteens", 40, 64, 32, 48, 4, sentinels=0.3)
-GPT_OSS = replace(
-    PLAIN, name="gpt_oss", gate="clamped", bias=True, transposed=True, interleaved=True
-)
+OF_GPT_OSS = dict(gate="clamped", bias=True, transposed=True, interleaved=True)
+GPT_OSS = replace(PLAIN, name="gpt_oss", **OF_GPT_OSS)
 ROUTINGS = 1  # calls beyond the step's own: routing has a form for few slots and one for many
 HOST = {
     gemm_file: (
@@ -165,8 +164,11 @@ def test_a_failure_ahead_is_left_to_the_step(calls, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="nothing is compiled without a GPU")
-@pytest.mark.parametrize(("tokens", "hidden"), [(9, 1280), (500, 1344)])
-def test_nothing_is_left_to_compile(tokens, hidden, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "options"),
+    [(9, 1280, {}), (500, 1344, {}), (700, 1408, {}), (500, 1472, OF_GPT_OSS)],
+)
+def test_nothing_is_left_to_compile(tokens, hidden, options, monkeypatch, tmp_path):
     from triton import knobs
 
     def compiled(*, src, cache_hit, **kwargs):
@@ -177,7 +179,7 @@ def test_nothing_is_left_to_compile(tokens, hidden, monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(knobs.compilation, "listener", compiled)
-    p = Problem("unseen", tokens, hidden, 640, 16, 4)
+    p = Problem("unseen", tokens, hidden, 640, 32, 4, **options)
     run(fastmoe.fused_experts, p, make_inputs(p, torch.bfloat16, DEVICE))
     assert not [name for early, name in found if not early]
     assert len(found) >= 9

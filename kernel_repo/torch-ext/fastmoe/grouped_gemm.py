@@ -40,6 +40,8 @@ def up_gate(
 
     h = x.new_empty((rows, width) if keep_h else 0)
     a = x.new_empty(rows, inner)
+    if not rows:
+        return h, a
     c = tuning.gemm_config("up_gate", x.device, x.dtype, r.block_m, wide=gate.gated)
     if gate.gated and not gate.interleaved:
         w, tma = _gate_up_operand(up, transposed, c.block_n, c.block_k)
@@ -82,6 +84,8 @@ def grouped_linear(
         return torch_ops.grouped_linear(rows, w, bias, r, transposed, gather)
     num_rows, (width, depth) = r.perm.numel(), _out_in(w, transposed)
     out = rows.new_empty(num_rows, width)
+    if not num_rows:
+        return out
     if bias is None and not gather and hopper.serves_linear(rows, w, r, transposed):
         hopper.linear(rows, w, out, r, transposed)
         return out
@@ -97,7 +101,7 @@ def grouped_linear(
         (ragged(rows, (c.block_m, c.block_k)) if x_tma else rows, operand, bias,
          ragged(out, (c.block_m, c.block_n // pieces)) if out_tma else out,
          r.perm, r.offsets, r.tiles, r.num_tiles), (),
-        (width, depth, r.num_experts, r.top_k, gather, transposed, bias is not None, x_tma, tma,
+        (width, depth, r.top_k, gather, transposed, bias is not None, x_tma, tma,
          out_tma, pieces, *_tiling(c, rows, n_tiles)),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -127,11 +131,13 @@ def gate_backward(
     grad_h = torch.empty_like(h)
     a = grad.new_empty((rows, inner) if keep_a else 0)
     dots = grad.new_empty(rows, n_tiles, dtype=torch.float32)
+    if not rows:
+        return grad_h, a, dots
     w, tma = _weight_operand(down, not transposed, c.block_n, c.block_k)
     launch(
         gate_backward_kernel, _grid(c, grad),
         (grad, w, weights, h, grad_h, a, dots, r.perm, r.offsets, r.tiles, r.num_tiles), (),
-        (inner, depth, r.num_experts, r.top_k, gate.gated, gate.interleaved,
+        (inner, depth, r.top_k, gate.gated, gate.interleaved,
          gate.activation, gate.alpha, gate.limit, gate.up_offset,
          not transposed, keep_a, tma, *_tiling(c, grad, n_tiles)),
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -222,9 +228,9 @@ def bias_grad(
 def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
 
-    "gluon" holds for rows that bulk copies can read (multiples of 16 bytes) and, but for the weight
-    gradients, 65 rows an expert and more: down without a bias, the gate gradient where H is a
-    multiple of 64 and the gate not interleaved. Else "triton" does.
+    "gluon" holds for rows that bulk copies can read (multiples of 16 bytes), weight gradients over
+    gathered rows, and from 65 rows an expert on: down without a bias (transposed: I a multiple of
+    64), the gate gradient of a gate in halves where H is a multiple of 64. Else "triton" does.
     """
     name = backend_name(torch.empty(0, dtype=dtype, device=device))
     parts = dict.fromkeys(

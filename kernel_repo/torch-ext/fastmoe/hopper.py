@@ -1,7 +1,8 @@
 """Host side of the warp-specialised Hopper kernels (Gluon): where they serve, and their launches.
 
 Shapes as in `grouped_gemm`, which calls here first and runs its Triton kernels for the rest: other
-GPUs, small batches, rows that bulk copies cannot read, a Triton that these have not run with.
+GPUs, small batches (but for weight gradients), rows that bulk copies cannot read, a Triton that
+these have not run with.
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ def serves_weight_grad(p: torch.Tensor, q: torch.Tensor) -> bool:
     )
 
 
+def weight_grad_stages(itemsize: int) -> int:
+    """Stages beside the two halves of a tile of results with elements of this size in bytes."""
+    return _STAGES + 1 if itemsize == 2 else _STAGES
+
+
 def weight_grad(
     p: torch.Tensor, q: torch.Tensor, out: torch.Tensor, r: Routing, transpose_out: bool, add: bool
 ) -> None:
@@ -152,13 +158,12 @@ def weight_grad(
     half = _BLOCK_M // 2
     programs = num_programs(p.device)
     out_block = (1, half, _TILE_N // 2) if transpose_out else (1, _TILE_N // 2, half)
-    stages = _STAGES + 1 if out.element_size() == 2 else _STAGES
     launch(
         weight_grad_kernel, (programs,),
         (ragged(p, (_BLOCK_K, _TILE_N), _tile_layout(16, 4)), q, _tiles(out, out_block),
          r.perm, r.offsets, torch.zeros(1, dtype=torch.int32, device=p.device)), (),
         (r.num_experts, p.shape[1], q.shape[1], r.top_k, transpose_out, add,
-         _TILE_N, _BLOCK_M, _BLOCK_K, stages),
+         _TILE_N, _BLOCK_M, _BLOCK_K, weight_grad_stages(out.element_size())),
         num_warps=4,
     )  # fmt: skip
 

@@ -38,24 +38,28 @@ class GemmConfig:
     ctas: int = 1
 
     def pieces(self, itemsize: int) -> int:
-        """How many bulk copies, 1 or 2, take a tile's results away."""
+        """How many bulk copies, 1 or 2, take a tile of "linear" away."""
         return 2 if self.block_m * self.block_n * itemsize > _STAGED else 1
 
-    def shared_memory(self, itemsize: int, columns: int, staged: bool) -> int:
-        """Bytes of operand tiles in flight, num_stages of (block_m + columns) x block_k.
+    def staged(self, kernel: str, itemsize: int, wide: bool) -> int:
+        """Bytes of results that wait in shared memory for their bulk copies.
 
-        With `staged` also a piece of the results, which waits there for its bulk copy.
+        "up_gate" writes h and a, whose blocks share a buffer where h is twice as wide as a.
         """
-        results = self.block_m * self.block_n // self.pieces(itemsize) if staged else 0
-        stages = self.num_stages * (self.block_m + columns) * self.block_k
-        return (stages + results) * itemsize
+        tile = self.block_m * self.block_n * itemsize
+        if kernel == "linear":
+            return tile // self.pieces(itemsize)
+        return (tile if wide else tile + tile // 2) if kernel == "up_gate" else 0
 
-    def fitted(self, itemsize: int, columns: int, staged: bool, limit: int) -> GemmConfig:
-        """This config with as many stages as `limit` bytes of shared memory hold, at least one."""
-        config = self
-        while config.num_stages > 1 and config.shared_memory(itemsize, columns, staged) > limit:
-            config = replace(config, num_stages=config.num_stages - 1)
-        return config
+    def fitted(self, itemsize: int, columns: int, staged: int, limit: int) -> GemmConfig:
+        """This config with as many stages as `limit` bytes of shared memory hold, at least one.
+
+        A stage is (block_m + columns) x block_k operands. Two are kept where they fit but for the
+        `staged` bytes: without Hopper's MMA Triton holds one stage less than it is told.
+        """
+        stage = (self.block_m + columns) * self.block_k * itemsize
+        most = max((limit - staged) // stage, min(2, limit // stage), 1)
+        return replace(self, num_stages=min(self.num_stages, most))
 
 
 def bucket(num_slots: int, num_experts: int) -> int:
@@ -78,7 +82,7 @@ def gemm_config(
     config = table["fp32" if dtype == torch.float32 else str(rows)][kernel]
     if kernel != "weight_grad":
         config = replace(config, block_m=rows)
-    staged = kernel in ("up_gate", "linear") and has_tma(device)
+    staged = config.staged(kernel, dtype.itemsize, wide) if has_tma(device) else 0
     return config.fitted(dtype.itemsize, config.block_n * (2 if wide else 1), staged, limit)
 
 

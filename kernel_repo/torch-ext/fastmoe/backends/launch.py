@@ -21,7 +21,7 @@ _compiled: dict[tuple, Any] = {}  # kind of call -> its compiled kernel
 
 
 class Tiles(NamedTuple):
-    """A contiguous array that a kernel reads or writes by bulk copies (TMA), a block at a time."""
+    """An array that a kernel reads or writes by bulk copies (TMA), a block at a time."""
 
     array: torch.Tensor
     shape: tuple[int, ...]  # the kernel's view of the array's memory. (262144, 2048)

@@ -1,1 +1,1 @@
-"""Warp-specialised Hopper kernels in Gluon, Triton's lower level, for GEMMs over gathered rows."""
+"""Warp-specialised Hopper kernels in Gluon, Triton's lower level, for most of the grouped GEMMs."""

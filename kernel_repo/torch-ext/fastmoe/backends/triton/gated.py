@@ -198,7 +198,7 @@ def _gate_backward_columns(
 def gate_backward_kernel(
     grad_ptr, w, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    I: tl.constexpr, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    I: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     TRANSPOSED: tl.constexpr, STORE_A: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,

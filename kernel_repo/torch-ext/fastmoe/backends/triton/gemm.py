@@ -166,7 +166,7 @@ def store_rows(out, tile, row0, end, col0, N, STRIDE, TMA: tl.constexpr, PIECES:
 @triton.jit
 def grouped_linear_kernel(
     x, w, bias_ptr, out, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    N, K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
+    N, K: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     TMA_X: tl.constexpr, TMA_W: tl.constexpr, TMA_OUT: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
