@@ -17,12 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..triton.gated import gate_forward
-from .pipeline import advance, before, copy_rows, make_barriers, tile_of
+from .pipeline import (
+    advance,
+    before,
+    copy_rows,
+    make_barriers,
+    multiply_stage,
+    pass_stages,
+    rows_of,
+    tile_of,
+)
 
 PRODUCER_WARPS = gl.constexpr(2)
 EPILOGUE_WARPS = gl.constexpr(2)
@@ -115,19 +123,15 @@ def _multiply(
                     w_k = w_bufs.index(stage)
                 else:
                     w_k = w_bufs.index(stage).permute((1, 0))
-                acc = warpgroup_mma(x_k, w_k, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != 0)
-                stage, phase = advance(stage, phase, STAGES)
+                acc, stage, phase = multiply_stage(
+                    x_k, w_k, acc, empty, stage, phase, k0 == 0, STAGES
+                )
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
             mbarrier.wait(drained.index(GROUP), turn ^ 1)
             d_bufs.index(GROUP).store(acc.to(d_bufs.dtype))
         else:
-            for _ in range(0, K, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = advance(stage, phase, STAGES)
+            stage, phase = pass_stages(full, empty, stage, phase, K, BLOCK_K, STAGES)
             mbarrier.wait(drained.index(GROUP), turn ^ 1)
             d_bufs.index(GROUP).store(gl.zeros((ROWS, BLOCK_N), d_bufs.dtype, layout))
         mbarrier.arrive(dumped.index(GROUP), count=1)
@@ -156,8 +160,7 @@ def _finish(
     num_m = gl.load(num_tiles_ptr)
     turn = 0
     for t in range(gl.program_id(0), num_m * N_TILES, PROGRAMS):
-        e, row0, jn = tile_of(t, num_m, tiles_ptr, N_TILES, GROUP_M)
-        end = gl.load(offsets_ptr + e + 1)
+        e, row0, jn, end = rows_of(t, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M)
         cols = jn * BLOCK_N + j
         _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M)
         for early in gl.static_range(H_STAGES):

@@ -14,12 +14,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..triton.gemm import ROWS_BOUND
-from .pipeline import advance, before, make_barriers, tile_of
+from .pipeline import advance, before, make_barriers, multiply_stage, pass_stages, rows_of
 
 
 @gluon.jit
@@ -33,11 +32,11 @@ def _produce(
     stage = 0
     phase = 0
     start = gl.program_id(0)
-    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
-    end = gl.load(offsets_ptr + e + 1)
+    e, row0, jn, end = rows_of(start, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M)
     for t in range(start, num_m * N_TILES, PROGRAMS):
-        next_e, next_row0, next_jn = tile_of(t + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
-        next_end = gl.load(offsets_ptr + next_e + 1)
+        next_e, next_row0, next_jn, next_end = rows_of(
+            t + PROGRAMS, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M
+        )
         for k0 in range(0, K, BLOCK_K):
             barrier = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -70,11 +69,11 @@ def _multiply(
     stage = 0
     phase = 0
     start = gl.program_id(0)
-    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
-    end = gl.load(offsets_ptr + e + 1)
+    _, row0, jn, end = rows_of(start, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M)
     for t in range(start, num_m * N_TILES, PROGRAMS):
-        next_e, next_row0, next_jn = tile_of(t + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
-        next_end = gl.load(offsets_ptr + next_e + 1)
+        _, next_row0, next_jn, next_end = rows_of(
+            t + PROGRAMS, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M
+        )
         if row0 + GROUP * ROWS < end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
             for k0 in range(0, K, BLOCK_K):
@@ -84,10 +83,9 @@ def _multiply(
                 if not TRANSPOSED:
                     w_k = w_k.permute((1, 0))
                 x_k = x_k.slice(GROUP * ROWS, ROWS, 0)
-                acc = warpgroup_mma(x_k, w_k, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != 0)
-                stage, phase = advance(stage, phase, STAGES)
+                acc, stage, phase = multiply_stage(
+                    x_k, w_k, acc, empty, stage, phase, k0 == 0, STAGES
+                )
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
             tma.store_wait(0)  # the last tile's results have left the buffer
@@ -96,11 +94,7 @@ def _multiply(
             at = [ROWS_BOUND, end, ROWS_BOUND - end + row0 + GROUP * ROWS, jn * BLOCK_N]
             tma.async_copy_shared_to_global(out_desc, at, out)
         else:
-            for _ in range(0, K, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                mbarrier.arrive(empty.index(stage), count=1)
-                stage, phase = advance(stage, phase, STAGES)
-        e = next_e
+            stage, phase = pass_stages(full, empty, stage, phase, K, BLOCK_K, STAGES)
         row0 = next_row0
         jn = next_jn
         end = next_end

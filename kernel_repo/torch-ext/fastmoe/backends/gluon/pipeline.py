@@ -9,7 +9,11 @@ tile each. `full` and `empty` hold one mbarrier a stage.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from ..triton.gemm import in_groups
 
@@ -23,6 +27,13 @@ def tile_of(t, num_m, tiles_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
     exists = t < num_m * N_TILES
     e = gl.load(tiles_ptr + 2 * m, mask=exists, other=0)
     return e, gl.load(tiles_ptr + 2 * m + 1, mask=exists, other=0), jn
+
+
+@gluon.jit
+def rows_of(t, num_m, tiles_ptr, offsets_ptr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr):
+    """What `tile_of` says of work item t, and the row past the expert's last."""
+    e, row0, jn = tile_of(t, num_m, tiles_ptr, N_TILES, GROUP_M)
+    return e, row0, jn, gl.load(offsets_ptr + e + 1)
 
 
 @gluon.jit
@@ -60,6 +71,31 @@ def copy_rows(buffer, pointers, exists, barrier):
     """
     async_copy.async_copy_global_to_shared(buffer, pointers, mask=exists)
     async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def multiply_stage(a, b, acc, empty, stage, phase, first, STAGES: gl.constexpr):
+    """Adds a b of a stage that is full; lets go of the stage before, unless this is the first.
+
+    Returns acc, still in flight, and the next stage and its parity.
+    """
+    acc = warpgroup_mma(a, b, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=not first)
+    stage, phase = advance(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def pass_stages(
+    full, empty, stage, phase, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
+):
+    """Lets go of the stages of a tile of depth K unread; returns the next stage and its parity."""
+    for _ in range(0, K, BLOCK_K):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
 
 
 @gluon.jit

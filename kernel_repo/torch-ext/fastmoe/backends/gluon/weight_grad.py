@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -26,6 +25,7 @@ from .pipeline import (
     drawn,
     make_barriers,
     make_queue,
+    multiply_stage,
     post,
     take,
 )
@@ -169,10 +169,7 @@ def _consume(
             fence_async_shared()  # cp.async wrote q, wgmma reads it through the other proxy
             q_k = q_bufs.index(stage).slice(GROUP * HALF, HALF, 1).permute((1, 0))
             p_k = p_bufs.index(stage).reshape((BLOCK_K, BLOCK_P))
-            acc = warpgroup_mma(q_k, p_k, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k0 != 0)
-            stage, phase = advance(stage, phase, STAGES)
+            acc, stage, phase = multiply_stage(q_k, p_k, acc, empty, stage, phase, k0 == 0, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=depth > 0)
         if ADD:
