@@ -8,7 +8,7 @@ temporaries of a call that is made again. The exit status is 1 on a finding, a w
 where the tool is missing or did not run.
 
 racecheck sees Triton's kernels alone, also where Gluon's would serve: it does not follow
-`warp_specialize`, and reports a race in the smallest right kernel that has one.
+`warp_specialize`, and reports a race in a producer and a reader of a few lines that are right.
 """
 
 from __future__ import annotations
