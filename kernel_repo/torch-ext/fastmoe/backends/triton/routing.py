@@ -1,8 +1,8 @@
 """A counting sort of the slots by expert in two launches, without atomics whose order could show:
 count each chunk's slots per expert, then place them. One launch where there is one chunk.
 
-Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, those of
-sentinels in column E. A chunk is `per` slots, a multiple of CHUNK that grows with S: every program
+Shapes: ids (S,) by slot; counts (chunks, BLOCK_E) slots of each chunk per expert, sentinels left
+out. A chunk is `per` slots, a multiple of CHUNK that grows with S: every program
 of the second launch adds up the counts of all chunks.
 """
 
@@ -18,14 +18,15 @@ from ..launch import launch, next_power_of_2
 _STEP = 128  # slots ranked against each other at once, by comparing all pairs
 _MIN_BLOCK_E = 16
 _MOST_CHUNKS = 256
-_ROWS = 32  # chunks whose counts a program adds up at once
+_COUNTS = 4096  # that a program reads at once: those of some chunks
 
 
 @triton.jit
 def _load_experts(ids_ptr, slots, S, NUM_EXPERTS):
-    """Expert of each slot; NUM_EXPERTS for sentinels and for slots past the end."""
+    """Expert of each slot, and whether it has one: not a sentinel's, nor a slot past the end."""
     ids = tl.load(ids_ptr + slots, mask=slots < S, other=-1)
-    return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS).to(tl.int32)
+    real = (ids >= 0) & (ids < NUM_EXPERTS)
+    return tl.where(real, ids, 0).to(tl.int32), real
 
 
 @triton.jit(do_not_specialize=["S", "per"])
@@ -35,8 +36,8 @@ def count_kernel(
     chunk = tl.program_id(0)
     counts = tl.zeros((BLOCK_E,), tl.int32)
     for s0 in range(chunk * per, (chunk + 1) * per, CHUNK):
-        experts = _load_experts(ids_ptr, s0 + tl.arange(0, CHUNK), S, NUM_EXPERTS)
-        counts += tl.histogram(experts, BLOCK_E)
+        experts, real = _load_experts(ids_ptr, s0 + tl.arange(0, CHUNK), S, NUM_EXPERTS)
+        counts += tl.histogram(experts, BLOCK_E, mask=real)
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
@@ -52,34 +53,36 @@ def place_kernel(
     """
     chunk = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
-    before = tl.zeros((BLOCK_E,), tl.int32)  # slots of the chunks before this one, per expert
-    total = tl.zeros((BLOCK_E,), tl.int32)
     if COUNTED:
+        of_all = tl.zeros((ROWS, BLOCK_E), tl.int32)
+        of_earlier = tl.zeros((ROWS, BLOCK_E), tl.int32)  # chunks before this one
         for c0 in range(0, num_chunks, ROWS):
             c = c0 + tl.arange(0, ROWS)
             at = counts_ptr + c[:, None] * BLOCK_E + e[None, :]
             counts = tl.load(at, mask=(c < num_chunks)[:, None], other=0)
-            total += tl.sum(counts, 0)
-            before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), 0)
+            of_all += counts
+            of_earlier += tl.where((c < chunk)[:, None], counts, 0)
+        total = tl.sum(of_all, 0)
+        before = tl.sum(of_earlier, 0)
     else:
-        every_slot = _load_experts(ids_ptr, tl.arange(0, CHUNK), S, NUM_EXPERTS)
-        total += tl.histogram(every_slot, BLOCK_E)
-    total = tl.where(e < NUM_EXPERTS, total, 0)
+        every, exist = _load_experts(ids_ptr, tl.arange(0, CHUNK), S, NUM_EXPERTS)
+        total = tl.histogram(every, BLOCK_E, mask=exist)
+        before = tl.zeros((BLOCK_E,), tl.int32)
     offsets = tl.cumsum(total, 0) - total
     if chunk == 0:
-        tl.store(offsets_ptr + e, offsets, mask=e <= NUM_EXPERTS)
+        tl.store(offsets_ptr + e, offsets, mask=e < NUM_EXPERTS)
+        tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(total, 0))
 
     next_row = offsets + before
     for s0 in range(chunk * per, tl.minimum((chunk + 1) * per, S), STEP):
         slots = s0 + tl.arange(0, STEP)
-        experts = _load_experts(ids_ptr, slots, S, NUM_EXPERTS)
+        experts, real = _load_experts(ids_ptr, slots, S, NUM_EXPERTS)
         i = tl.arange(0, STEP)
-        earlier = (experts[:, None] == experts[None, :]) & (i[None, :] < i[:, None])
+        earlier = (experts[:, None] == experts[None, :]) & (i[None, :] < i[:, None]) & real[None, :]
         row = tl.gather(next_row, experts, 0) + tl.sum(earlier.to(tl.int32), 1)
-        real = experts < NUM_EXPERTS
         tl.store(perm_ptr + row, slots, mask=real)
         tl.store(inv_perm_ptr + slots, tl.where(real, row, -1), mask=slots < S)
-        next_row += tl.histogram(experts, BLOCK_E)
+        next_row += tl.histogram(experts, BLOCK_E, mask=real)
 
     tiles = (total + BLOCK_M - 1) // BLOCK_M
     last = tl.cumsum(tiles, 0)
@@ -100,7 +103,7 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     num_slots = ids.numel()
     per = CHUNK * -(-num_slots // (CHUNK * _MOST_CHUNKS))
     num_chunks = -(-num_slots // per)
-    block_e = max(_MIN_BLOCK_E, next_power_of_2(num_experts + 1))  # with sentinels
+    block_e = max(_MIN_BLOCK_E, next_power_of_2(num_experts))
     empty = partial(torch.empty, dtype=torch.int32, device=ids.device)
     perm, inv_perm, offsets = empty(num_slots), empty(num_slots), empty(num_experts + 1)
     tiles, num_tiles = empty(max_tiles, 2), empty(1)
@@ -112,6 +115,7 @@ def route_slots(ids: torch.Tensor, num_experts: int, block_m: int, max_tiles: in
     launch(
         place_kernel, (num_chunks,), (ids, counts, perm, inv_perm, offsets, tiles, num_tiles),
         (num_slots, per, num_chunks, max_tiles),
-        (num_experts, counts is not None, _ROWS, CHUNK, block_e, block_m, _STEP),
+        (num_experts, counts is not None, max(_COUNTS // block_e, 1), CHUNK, block_e, block_m,
+         _STEP),
     )  # fmt: skip
     return perm, inv_perm, offsets, tiles, num_tiles
