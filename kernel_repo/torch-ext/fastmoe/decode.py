@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .backends.launch import launch
-from .device import backend_name
+from .device import backend_name, starts_early
 from .gates import Gate
 
 _MAX_SLOTS = 32  # from here on, experts are shared so often that sorting pays; H200, Qwen3-30B-A3B
@@ -49,18 +49,20 @@ def decode(
     experts, hidden, inner = up.shape[0], x.shape[1], down.shape[1 if transposed else 2]
     up_n, up_k, up_warps = _UP_BLOCK[transposed]
     down_n, down_k, down_warps = _DOWN_BLOCK[transposed]
+    early = starts_early(x.device)
+    options = dict(launch_pdl=True) if early else {}
     a = x.new_empty(tokens * top_k, inner)
     out = torch.empty_like(x)
     launch(
         decode_up_kernel, (tokens * top_k, -(-inner // up_n)), (x, ids, up, up_bias, a), (),
         (experts, hidden, inner, top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha,
-         gate.limit, gate.up_offset, transposed, up_bias is not None, up_n, up_k),
-        num_warps=up_warps,
+         gate.limit, gate.up_offset, transposed, up_bias is not None, up_n, up_k, early),
+        num_warps=up_warps, **options,
     )  # fmt: skip
     launch(
         decode_down_kernel, (tokens, -(-hidden // down_n)),
         (a, ids, weights, down, down_bias, out), (),
-        (experts, hidden, inner, top_k, transposed, down_bias is not None, down_n, down_k),
-        num_warps=down_warps,
+        (experts, hidden, inner, top_k, transposed, down_bias is not None, down_n, down_k, early),
+        num_warps=down_warps, **options,
     )  # fmt: skip
     return out

@@ -59,6 +59,14 @@ def has_tma(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it has ended, if it waits for that itself.
+
+    That is programmatic dependent launch, on Hopper and newer; it hides the time between two.
+    """
+    return device.type == "cuda" and has_tma(device)
+
+
 def matmul_precision(dtype: torch.dtype) -> str:
     """Triton's name, "tf32" or "ieee", for how operands of this dtype are multiplied.
 

@@ -11,6 +11,17 @@ from .gated import activation, gate_forward
 
 
 @triton.jit
+def _after_previous(EARLY: tl.constexpr):
+    """Waits for the kernel before this one, where this one may have started early.
+
+    Then lets the next one start as soon as there is room, to wait in the same way.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _products(
     w_ptr, n, n_mask, k0, v, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -34,10 +45,11 @@ def decode_up_kernel(
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """a[slot] = gate(up[expert] x[token] + bias), BLOCK_N columns of a per program."""
     U: tl.constexpr = 2 * I if GATED else I
+    _after_previous(EARLY)
     slot = tl.program_id(0)
     e = tl.load(ids_ptr + slot).to(tl.int64)
     if (e >= 0) & (e < NUM_EXPERTS):
@@ -72,9 +84,10 @@ def decode_up_kernel(
 def decode_down_kernel(
     a_ptr, ids_ptr, weights_ptr, down_ptr, bias_ptr, out_ptr, NUM_EXPERTS,
     H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k, in order and in fp32, of weight * (down[expert] a[slot] + bias)."""
+    _after_previous(EARLY)
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = cols < H
