@@ -114,7 +114,7 @@ def _start_triton(device: torch.device) -> None:
     if (digest := getattr(cache, "triton_key", None)) is not None:
         digest()
     if hopper.available(device):
-        from .backends.gluon import gated, linear, weight_grad  # noqa: F401
+        from .backends.gluon import gated, linear, up, weight_grad  # noqa: F401
 
 
 def few(experts: int) -> int:

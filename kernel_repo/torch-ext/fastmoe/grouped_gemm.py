@@ -36,12 +36,15 @@ def up_gate(
         return torch_ops.up_gate(x, up, bias, r, gate, transposed, keep_h)
     rows, (width, depth) = r.perm.numel(), _out_in(up, transposed)
     inner = width // 2 if gate.gated else width
-    from .backends.triton.gated import up_gate_kernel
-
     h = x.new_empty((rows, width) if keep_h else 0)
     a = x.new_empty(rows, inner)
     if not rows:
         return h, a
+    if hopper.serves_up_gate(x, up, r, gate, transposed):
+        hopper.up_gate(x, up, bias, h, a, r, gate, transposed)
+        return h, a
+    from .backends.triton.gated import up_gate_kernel
+
     c = tuning.gemm_config("up_gate", x.device, x.dtype, r.block_m, wide=gate.gated)
     if gate.gated and not gate.interleaved:
         w, tma = _gate_up_operand(up, transposed, c.block_n, c.block_k)
@@ -86,8 +89,8 @@ def grouped_linear(
     out = rows.new_empty(num_rows, width)
     if not num_rows:
         return out
-    if bias is None and not gather and hopper.serves_linear(rows, w, r, transposed):
-        hopper.linear(rows, w, out, r, transposed)
+    if not gather and hopper.serves_linear(rows, w, r, transposed):
+        hopper.linear(rows, w, bias, out, r, transposed)
         return out
     from .backends.triton.gemm import grouped_linear_kernel
 
@@ -229,15 +232,16 @@ def kernel_backends(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What runs each part for operands of this dtype and device: "torch", "triton" or "gluon".
 
     "gluon" holds for rows that bulk copies can read (multiples of 16 bytes), weight gradients over
-    gathered rows, and from 65 rows an expert on: down without a bias (transposed: I a multiple of
-    64), the gate gradient of a gate in halves where H is a multiple of 64. Else "triton" does.
+    gathered rows, and from 65 rows an expert on: down (transposed: I a multiple of 64), and where H
+    is a multiple of 64 gated up (not transposed in halves) and the gate gradient. Else "triton"
+    does.
     """
     name = backend_name(torch.empty(0, dtype=dtype, device=device))
     parts = dict.fromkeys(
         ("routing", "up+gate", "down", "combine", "gate gradient", "weight gradients"), name
     )
     if name == "triton" and dtype.itemsize == 2 and hopper.available(device):
-        parts["down"] = parts["weight gradients"] = "gluon"
+        parts["up+gate"] = parts["down"] = parts["weight gradients"] = "gluon"
         if dtype == torch.bfloat16:
             parts["gate gradient"] = "gluon"
     return parts

@@ -37,19 +37,71 @@ def available(device: torch.device) -> bool:
     return version in _TRITON
 
 
+def serves_up_gate(
+    x: torch.Tensor, up: torch.Tensor, r: Routing, gate: Gate, transposed: bool
+) -> bool:
+    """Whether the kernel takes x (T, H), the up weight (E, 2I, H) or (E, H, 2I), and this gate.
+
+    It does if they are 16-bit and aligned, H is a multiple of its step, I of 8, and there are more
+    than 64 rows an expert. Not a transposed weight in halves.
+    """
+    width = up.shape[2] if transposed else up.shape[1]
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (x, up))
+    return (
+        gate.gated
+        and (gate.interleaved or not transposed)
+        and r.block_m == _BLOCK_M
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and available(x.device)
+        and aligned
+        and width % 16 == 0
+        and x.shape[1] % _BLOCK_K == 0
+    )
+
+
+def up_gate(
+    x: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor,
+    a: torch.Tensor, r: Routing, gate: Gate, transposed: bool,
+) -> None:  # fmt: skip
+    """Writes a (S, I), and h (S, 2I) unless it is empty; see `grouped_gemm.up_gate`."""
+    from .backends.gluon.up import up_gate_kernel
+
+    inner, columns = a.shape[1], _TILE_N // 2
+    if gate.interleaved:
+        w = _tiles(up, (_BLOCK_K, _TILE_N) if transposed else (_TILE_N, _BLOCK_K))
+        pieces = (h, h)
+    else:
+        shape, block = (2 * up.shape[0], inner, up.shape[2]), (2, columns, _BLOCK_K)
+        w = Tiles(up, shape, block, _tile_layout(16, 3))
+        pieces = (h[:, :inner], h[:, inner:]) if h.numel() else (h, h)
+    n_tiles = -(-inner // columns)
+    programs = num_programs(x.device)
+    a_rows, *h_rows = (
+        ragged(t, (_BLOCK_M // 2, columns), _tile_layout(16, 4)) if t.numel() else None
+        for t in (a, *pieces)
+    )
+    launch(
+        up_gate_kernel, (programs,),
+        (x, w, bias, *h_rows, a_rows, r.perm, r.offsets, r.tiles, r.num_tiles), (),
+        (r.num_experts, inner, x.shape[1], r.top_k, gate.interleaved, transposed,
+         bias is not None, h.numel() > 0, gate.activation, gate.alpha, gate.limit, gate.up_offset,
+         _BLOCK_M, columns, _BLOCK_K, _STAGES + 1, n_tiles, _GROUP_M, programs),
+        num_warps=4,
+    )  # fmt: skip
+
+
 def serves_gate_backward(
     grad: torch.Tensor, w: torch.Tensor, h: torch.Tensor, r: Routing, gate: Gate
 ) -> bool:
     """Whether the kernel takes grad (T, H), the down weight (E, H, I) or (E, I, H), and this gate.
 
-    It does if they are bf16 and aligned, H is a multiple of its step, the gate has halves, and
+    It does if they are bf16 and aligned, H is a multiple of its step, the expert is gated, and
     there are more than 64 rows an expert. Not fp16: what it keeps between the GEMM and the gate is
     not yet multiplied by the routing weight, and might overflow.
     """
     aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (grad, w, h))
     return (
         gate.gated
-        and not gate.interleaved
         and r.block_m == _BLOCK_M
         and grad.dtype == torch.bfloat16
         and available(grad.device)
@@ -81,7 +133,7 @@ def gate_backward(
         gate_backward_kernel, (programs,),
         (grad, _tiles(down, block), weights, h, grad_h, a, dots,
          r.perm, r.offsets, r.tiles, r.num_tiles), (),
-        (r.num_experts, inner, grad.shape[1], r.top_k, not transposed, keep_a,
+        (r.num_experts, inner, grad.shape[1], r.top_k, gate.interleaved, not transposed, keep_a,
          gate.activation, gate.alpha, gate.limit, gate.up_offset,
          _BLOCK_M, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M, programs),
         num_warps=4,
@@ -108,8 +160,9 @@ def serves_linear(rows: torch.Tensor, w: torch.Tensor, r: Routing, transposed: b
 
 
 def linear(
-    rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor, r: Routing, transposed: bool
-) -> None:
+    rows: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor,
+    r: Routing, transposed: bool,
+) -> None:  # fmt: skip
     """Writes out (S, N); see `grouped_gemm.grouped_linear`."""
     from .backends.gluon.linear import grouped_linear_kernel
 
@@ -119,10 +172,10 @@ def linear(
     block = (_BLOCK_K, _TILE_N) if transposed else (_TILE_N, _BLOCK_K)
     launch(
         grouped_linear_kernel, (programs,),
-        (ragged(rows, (_BLOCK_M, _BLOCK_K), layout), _tiles(w, block),
+        (ragged(rows, (_BLOCK_M, _BLOCK_K), layout), _tiles(w, block), bias,
          ragged(out, (_BLOCK_M // 2, _TILE_N), layout), r.offsets, r.tiles, r.num_tiles), (),
-        (out.shape[1], rows.shape[1], transposed, _TILE_N, _BLOCK_K, _STAGES, n_tiles, _GROUP_M,
-         programs),
+        (out.shape[1], rows.shape[1], transposed, bias is not None, _TILE_N, _BLOCK_K, _STAGES,
+         n_tiles, _GROUP_M, programs),
         num_warps=4,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ backward and write, while the next tile is multiplied. A warpgroup whose 64 rows
 expert's end multiplies nothing.
 
 Shapes: grad (T, K) gathered through perm; w (E, N, K), or transposed (E, K, N); h, grad_h (S, 2N),
-its gate half first; a (S, N).
+its gate half first, or INTERLEAVED; a (S, N).
 """
 
 from triton.experimental import gluon
@@ -16,15 +16,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma_wait,
 )
 
-from ..triton.gated import gate_forward
+from ..triton.gated import activation, bounded, gated
 from .pipeline import (
-    advance,
     before,
-    copy_rows,
+    gather_rows,
     make_barriers,
     multiply_stage,
     pass_stages,
@@ -33,70 +31,17 @@ from .pipeline import (
 )
 
 PRODUCER_WARPS = gl.constexpr(2)
+LANES = gl.constexpr(8)  # that share a row of a step
 EPILOGUE_WARPS = gl.constexpr(2)
 STEP = gl.constexpr(4)  # rows that the epilogue takes at once
-H_STAGES = gl.constexpr(3)  # steps of h that it reads ahead
-
-
-@gluon.jit
-def _produce(
-    grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-    x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
-    OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
-):  # fmt: skip
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PRODUCER_WARPS, 1], [1, 0])
-    i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-    cols = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout)), 0)
-    num_m = gl.load(num_tiles_ptr)
-    stage = 0
-    phase = 0
-    # Which tile comes next is read two tiles ahead, and its rows' slots one tile ahead.
-    start = gl.program_id(0)
-    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
-    next_e, next_row0, next_jn = tile_of(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
-    end = gl.load(offsets_ptr + e + 1)
-    total = gl.load(offsets_ptr + num_experts)
-    slots = gl.load(perm_ptr + row0 + i, mask=row0 + i < total, other=0)
-    for t in range(start, num_m * N_TILES, PROGRAMS):
-        next_end = gl.load(offsets_ptr + next_e + 1)
-        exists = row0 + i < end
-        token = gl.where(exists, slots // TOP_K, 0)
-        pointers = gl.expand_dims(grad_ptr + token.to(gl.int64) * K, 1) + cols
-        slots = gl.load(perm_ptr + next_row0 + i, mask=next_row0 + i < total, other=0)
-        after = t + 2 * PROGRAMS
-        after_e, after_row0, after_jn = tile_of(after, num_m, tiles_ptr, N_TILES, GROUP_M)
-        for k0 in range(0, K, BLOCK_K):
-            barrier = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(barrier, w_desc.block_type.nbytes)
-            if TRANSPOSED:
-                at = [e * K + k0, jn * BLOCK_N]
-            else:
-                at = [e * N + jn * BLOCK_N, k0]
-            tma.async_copy_global_to_shared(w_desc, at, barrier, w_bufs.index(stage))
-            copy_rows(x_bufs.index(stage), pointers + k0, gl.expand_dims(exists, 1), barrier)
-            stage, phase = advance(stage, phase, STAGES)
-        e = next_e
-        row0 = next_row0
-        jn = next_jn
-        end = next_end
-        next_e = after_e
-        next_row0 = after_row0
-        next_jn = after_jn
+H_STAGES = gl.constexpr(4)  # steps of h that it reads ahead
 
 
 @gluon.jit
 def _multiply(
-    grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-    x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
-    OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, d_buf, full, empty, dumped, drained,
+    K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -129,11 +74,10 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
             mbarrier.wait(drained.index(GROUP), turn ^ 1)
-            d_bufs.index(GROUP).store(acc.to(d_bufs.dtype))
+            d_buf.store(acc.to(d_buf.dtype))
         else:
             stage, phase = pass_stages(full, empty, stage, phase, K, BLOCK_K, STAGES)
             mbarrier.wait(drained.index(GROUP), turn ^ 1)
-            d_bufs.index(GROUP).store(gl.zeros((ROWS, BLOCK_N), d_bufs.dtype, layout))
         mbarrier.arrive(dumped.index(GROUP), count=1)
         turn ^= 1
         row0 = next_row0
@@ -144,42 +88,61 @@ def _multiply(
 
 @gluon.jit
 def _finish(
-    grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-    perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-    x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
-    OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
+    weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr, perm_ptr, offsets_ptr, tiles_ptr,
+    num_tiles_ptr, d_bufs, h_bufs, s_buf, dumped, drained,
+    N: gl.constexpr, INTERLEAVED: gl.constexpr, KEEP_A: gl.constexpr, ACT: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFFSET: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     STEPS: gl.constexpr = BLOCK_M // 2 // STEP
+    # A step's addresses differ from the last one's by constants; pairs take twice the code already.
+    UNROLL: gl.constexpr = 1 if INTERLEAVED else 4
+    HALF: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [EPILOGUE_WARPS, 1], [1, 0])
-    i = gl.arange(0, STEP, gl.SliceLayout(1, layout))
-    j = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+    half: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [EPILOGUE_WARPS, 1], [1, 0])
+    row: gl.constexpr = gl.SliceLayout(1, half if INTERLEAVED else layout)
+    i = gl.arange(0, STEP, row)
     sums = d_bufs._reinterpret(d_bufs.dtype, [2 * STEPS, STEP, BLOCK_N], d_bufs.layout)
     num_m = gl.load(num_tiles_ptr)
     turn = 0
     for t in range(gl.program_id(0), num_m * N_TILES, PROGRAMS):
         e, row0, jn, end = rows_of(t, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M)
-        cols = jn * BLOCK_N + j
         _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M)
         for early in gl.static_range(H_STAGES):
-            _read_h(g_bufs, u_bufs, early, h_ptr, row0 + early * STEP + i, cols, end, N)
-        for half in range(2):
-            mbarrier.wait(dumped.index(half), turn)
-            for k in range(STEPS):
-                step = half * STEPS + k
-                slot = step % H_STAGES
-                rows = row0 + step * STEP + i
-                async_copy.wait_group(H_STAGES - 1)
-                _write_rows(
-                    sums.index(step).load(layout), g_bufs.index(slot).load(layout),
-                    u_bufs.index(slot).load(layout),
-                    s_buf.index(step).load(gl.SliceLayout(1, layout)), rows, cols, end,
-                    grad_h_ptr, a_ptr, dots_ptr, jn, N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, N_TILES,
-                )  # fmt: skip
-                _read_h(g_bufs, u_bufs, slot, h_ptr, rows + H_STAGES * STEP, cols, end, N)
-            mbarrier.arrive(drained.index(half), count=1)
+            _read_h(h_bufs, early, h_ptr, row0 + early * STEP, jn, end, N, INTERLEAVED)
+        for group in range(2):
+            mbarrier.wait(dumped.index(group), turn)
+            for k0 in range(0, STEPS, UNROLL):
+                for k in gl.static_range(UNROLL):
+                    step = group * STEPS + k0 + k
+                    slot = step % H_STAGES
+                    rows = row0 + step * STEP + i
+                    async_copy.wait_group(H_STAGES - 1)
+                    s = s_buf.index(step).load(row)
+                    left = h_bufs.index(2 * slot)
+                    right = h_bufs.index(2 * slot + 1)
+                    if INTERLEAVED:
+                        dots = _write_pairs(
+                            sums.index(step).slice(0, HALF, 1).load(half), left.load(layout),
+                            s, rows, 2 * jn, end, grad_h_ptr, a_ptr,
+                            N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, BLOCK_N,
+                        )  # fmt: skip
+                        dots += _write_pairs(
+                            sums.index(step).slice(HALF, HALF, 1).load(half), right.load(layout),
+                            s, rows, 2 * jn + 1, end, grad_h_ptr, a_ptr,
+                            N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, BLOCK_N,
+                        )  # fmt: skip
+                    else:
+                        dots = _write_halves(
+                            sums.index(step).load(layout), left.load(layout), right.load(layout),
+                            s, rows, jn, end, grad_h_ptr, a_ptr,
+                            N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, BLOCK_N,
+                        )  # fmt: skip
+                    gl.store(dots_ptr + rows.to(gl.int64) * N_TILES + jn, dots, mask=rows < end)
+                    after = row0 + (step + H_STAGES) * STEP
+                    _read_h(h_bufs, slot, h_ptr, after, jn, end, N, INTERLEAVED)
+            mbarrier.arrive(drained.index(group), count=1)
         async_copy.wait_group(0)
         turn ^= 1
 
@@ -195,12 +158,26 @@ def _read_weights(s_buf, weights_ptr, perm_ptr, row0, end, BLOCK_M: gl.constexpr
 
 
 @gluon.jit
-def _read_h(g_bufs, u_bufs, slot, h_ptr, rows, cols, end, N: gl.constexpr):
-    """Starts copying g and u of h at these rows and columns, zero where there is none."""
-    exists = gl.expand_dims(rows < end, 1) & gl.expand_dims(cols < N, 0)
+def _read_h(h_bufs, slot, h_ptr, row0, jn, end, N: gl.constexpr, INTERLEAVED: gl.constexpr):
+    """Starts copying a step's rows of h, zero where there is none, in two pieces.
+
+    Those are g and u, or INTERLEAVED the left and right columns.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [EPILOGUE_WARPS, 1], [1, 0])
+    COLUMNS: gl.constexpr = h_bufs.shape[2]
+    WIDTH: gl.constexpr = 2 * N if INTERLEAVED else N  # the columns that the pieces are part of
+    j = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    cols = (2 * jn if INTERLEAVED else jn) * COLUMNS + j
+    rows = row0 + gl.arange(0, STEP, gl.SliceLayout(1, layout))
+    exists = gl.expand_dims(rows < end, 1) & gl.expand_dims(cols < WIDTH, 0)
     at = _at(h_ptr, rows, cols, 2 * N)
-    async_copy.async_copy_global_to_shared(g_bufs.index(slot), at, mask=exists)
-    async_copy.async_copy_global_to_shared(u_bufs.index(slot), at + N, mask=exists)
+    async_copy.async_copy_global_to_shared(h_bufs.index(2 * slot), at, mask=exists)
+    if INTERLEAVED:
+        exists = gl.expand_dims(rows < end, 1) & gl.expand_dims(cols + COLUMNS < WIDTH, 0)
+        at += COLUMNS
+    else:
+        at += N
+    async_copy.async_copy_global_to_shared(h_bufs.index(2 * slot + 1), at, mask=exists)
     async_copy.commit_group()
 
 
@@ -211,56 +188,99 @@ def _at(ptr, rows, cols, width):
 
 
 @gluon.jit
-def _write_rows(
-    d, g, u, s, rows, cols, end, grad_h_ptr, a_ptr, dots_ptr, jn,
+def _write_halves(
+    d, g, u, s, rows, jn, end, grad_h_ptr, a_ptr,
     N: gl.constexpr, KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
-    LIMIT: gl.constexpr, OFFSET: gl.constexpr, N_TILES: gl.constexpr,
+    LIMIT: gl.constexpr, OFFSET: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """grad_h, s*a and <d, a> of some rows."""
-    inside = gl.expand_dims(cols < N, 0)
-    d = d.to(gl.float32)
-    if N % d.shape[1] != 0:
-        d = gl.where(inside, d, 0.0)
-    a, by_g, by_u = _gate(g.to(gl.float32), u.to(gl.float32), ACT, ALPHA, LIMIT, OFFSET)
-    dots = gl.sum(d * a, 1)
-    gl.store(dots_ptr + rows.to(gl.int64) * N_TILES + jn, dots, mask=rows < end)
-    s = gl.expand_dims(s, 1)
-    d *= s
-    put = gl.expand_dims(rows < end, 1) & inside
+    """grad_h and s*a of some rows, g and u halves of h; returns <d, a>."""
+    cols = jn * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, d.type.layout))
+    by_g, by_u, dots = _write_a(
+        d, g, u, s, rows, cols, end, a_ptr, N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, BLOCK_N
+    )
+    put = gl.expand_dims(rows < end, 1) & gl.expand_dims(cols < N, 0)
     at = _at(grad_h_ptr, rows, cols, 2 * N)
-    gl.store(at, (d * by_g).to(g.dtype), mask=put)
-    gl.store(at + N, (d * by_u).to(g.dtype), mask=put)
-    if KEEP_A:
-        gl.store(_at(a_ptr, rows, cols, N), (a * s).to(g.dtype), mask=put)
+    gl.store(at, by_g.to(g.dtype), mask=put)
+    gl.store(at + N, by_u.to(g.dtype), mask=put)
+    return dots
 
 
 @gluon.jit
-def _gate(g, u, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFFSET: gl.constexpr):
-    """`gate_forward`; SwiGLU with half of the instructions, denormal numbers taken for zero."""
-    if ACT == "silu" and LIMIT == float("inf"):
+def _write_pairs(
+    d, h, s, rows, piece, end, grad_h_ptr, a_ptr,
+    N: gl.constexpr, KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr, OFFSET: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """The same of one of two pieces of a tile's columns, h in pairs of g and u."""
+    layout: gl.constexpr = d.type.layout
+    wide: gl.constexpr = h.type.layout
+    g, u = h.reshape((h.shape[0], BLOCK_N // 2, 2)).split()
+    g = gl.convert_layout(g, layout, assert_trivial=True)
+    u = gl.convert_layout(u, layout, assert_trivial=True)
+    cols = piece * (BLOCK_N // 2) + gl.arange(0, BLOCK_N // 2, gl.SliceLayout(0, layout))
+    by_g, by_u, dots = _write_a(
+        d, g, u, s, rows, cols, end, a_ptr, N, KEEP_A, ACT, ALPHA, LIMIT, OFFSET, BLOCK_N
+    )
+    pairs = gl.join(by_g.to(h.dtype), by_u.to(h.dtype)).reshape(h.shape)
+    cols = piece * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, wide))
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, wide), assert_trivial=True)
+    put = gl.expand_dims(rows < end, 1) & gl.expand_dims(cols < 2 * N, 0)
+    at = _at(grad_h_ptr, rows, cols, 2 * N)
+    gl.store(at, gl.convert_layout(pairs, wide, assert_trivial=True), mask=put)
+    return dots
+
+
+@gluon.jit
+def _write_a(
+    d, g, u, s, rows, cols, end, a_ptr,
+    N: gl.constexpr, KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr, OFFSET: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """The gradients of g and u, fp32, and <d, a>; writes s*a."""
+    inside = gl.expand_dims(cols < N, 0)
+    d = d.to(gl.float32)
+    if N % BLOCK_N != 0:
+        d = gl.where(inside, d, 0.0)
+    a, by_g, by_u = gate_and_slopes(g.to(gl.float32), u.to(gl.float32), ACT, ALPHA, LIMIT, OFFSET)
+    dots = gl.sum(d * a, 1)
+    s = gl.expand_dims(s, 1)
+    d *= s
+    if KEEP_A:
+        put = gl.expand_dims(rows < end, 1) & inside
+        gl.store(_at(a_ptr, rows, cols, N), (a * s).to(a_ptr.dtype.element_ty), mask=put)
+    return d * by_g, d * by_u, dots
+
+
+@gluon.jit
+def gate_and_slopes(
+    g, u, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, OFFSET: gl.constexpr
+):
+    """`gate_forward`; silu with half of the instructions, denormal numbers taken for zero."""
+    x = bounded(g, LIMIT)
+    if ACT == "silu":
         power = gl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [g * (-1.4426950408889634 * ALPHA)],
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * (-1.4426950408889634 * ALPHA)],
             dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
         sigmoid = gl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power],
             dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-        value = g * sigmoid
-        linear = u + OFFSET if OFFSET != 0.0 else u
-        by_g = linear * (sigmoid + ALPHA * value * (1.0 - sigmoid))
-        return value * linear, by_g, value
+        value = x * sigmoid
+        slope = sigmoid + ALPHA * value * (1.0 - sigmoid)
     else:
-        return gate_forward(g, u, ACT, ALPHA, LIMIT, OFFSET)
+        value, slope = activation(x, ACT, ALPHA)
+    return gated(g, u, value, slope, LIMIT, OFFSET)
 
 
 @gluon.jit
 def gate_backward_kernel(
     grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
     perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
-    KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr,
-    OFFSET: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, INTERLEAVED: gl.constexpr,
+    TRANSPOSED: gl.constexpr, KEEP_A: gl.constexpr, ACT: gl.constexpr, ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr, OFFSET: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """grad_h = gate'(h) * s*d, s*a (if KEEP_A), and this column tile's share of <d, a>.
@@ -275,44 +295,37 @@ def gate_backward_kernel(
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], w_desc.layout)
     w_bufs = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
     d_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, BLOCK_N], plain)
-    g_bufs = gl.allocate_shared_memory(dtype, [H_STAGES, STEP, BLOCK_N], plain)
-    u_bufs = gl.allocate_shared_memory(dtype, [H_STAGES, STEP, BLOCK_N], plain)
+    h_bufs = gl.allocate_shared_memory(dtype, [2 * H_STAGES, STEP, BLOCK_N], plain)
     s_buf = gl.allocate_shared_memory(gl.float32, [BLOCK_M // STEP, STEP], scalars)
     full, empty = make_barriers(STAGES, PRODUCER_WARPS)
     dumped = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     drained = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(dumped.index(half), count=1)
-        mbarrier.init(drained.index(half), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(dumped.index(group), count=1)
+        mbarrier.init(drained.index(group), count=1)
     gl.warp_specialize(
         [
             (_multiply, (
-                grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-                N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
+                offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, d_bufs.index(0), full, empty, dumped, drained, K, TRANSPOSED,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(0),
             )),
             (_multiply, (
-                grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-                N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
+                offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, d_bufs.index(1), full, empty, dumped, drained, K, TRANSPOSED,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(1),
             )),
-            (_produce, (
-                grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-                N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
+            (gather_rows, (
+                grad_ptr, w_desc, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
+                x_bufs, w_bufs, full, empty, N, K, TOP_K, TRANSPOSED,
                 BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
+                PRODUCER_WARPS, LANES,
             )),
             (_finish, (
-                grad_ptr, w_desc, weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr,
-                perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
-                x_bufs, w_bufs, d_bufs, g_bufs, u_bufs, s_buf, full, empty, dumped, drained,
-                N, K, TOP_K, TRANSPOSED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
-                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
+                weights_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr, perm_ptr, offsets_ptr,
+                tiles_ptr, num_tiles_ptr, d_bufs, h_bufs, s_buf, dumped, drained,
+                N, INTERLEAVED, KEEP_A, ACT, ALPHA, LIMIT, OFFSET,
+                BLOCK_M, BLOCK_N, N_TILES, GROUP_M, PROGRAMS,
             )),
         ],
         [4, 2, 2],

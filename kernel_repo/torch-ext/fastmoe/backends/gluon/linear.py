@@ -5,26 +5,30 @@ leave their results to copies that end at the expert's last row. A warpgroup who
 that end multiplies nothing.
 
 Shapes: x (S, K) and out (S, N) in ragged rows (backends/triton/gemm.py); weights (E, N, K) or
-transposed (E, K, N), their experts as one matrix.
+transposed (E, K, N), their experts as one matrix; bias (E, N).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from ..triton.gemm import ROWS_BOUND
-from .pipeline import advance, before, make_barriers, multiply_stage, pass_stages, rows_of
+from .pipeline import (
+    advance,
+    before,
+    first_sums,
+    make_barriers,
+    multiply_stage,
+    pass_stages,
+    put_rows,
+    rows_of,
+)
 
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, out_bufs,
-    full, empty, N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    x_desc, w_desc, offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, full, empty,
+    N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
@@ -57,28 +61,28 @@ def _produce(
 
 @gluon.jit
 def _multiply(
-    x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, out_bufs,
-    full, empty, N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    bias_ptr, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr, x_bufs, w_bufs, out, full, empty,
+    N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = out_desc.block_type.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out = out_bufs.index(GROUP)
+    j = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     num_m = gl.load(num_tiles_ptr)
     stage = 0
     phase = 0
     start = gl.program_id(0)
-    _, row0, jn, end = rows_of(start, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M)
+    e, row0, jn, end = rows_of(start, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M)
     for t in range(start, num_m * N_TILES, PROGRAMS):
-        _, next_row0, next_jn, next_end = rows_of(
+        next_e, next_row0, next_jn, next_end = rows_of(
             t + PROGRAMS, num_m, tiles_ptr, offsets_ptr, N_TILES, GROUP_M
         )
         if row0 + GROUP * ROWS < end:
-            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
+            acc = first_sums(bias_ptr, e, jn * BLOCK_N + j, N, HAS_BIAS, ROWS, layout)
             for k0 in range(0, K, BLOCK_K):
                 mbarrier.wait(full.index(stage), phase)
-                x_k = x_bufs.index(stage).reshape(x_desc.block_type.shape[2:])
+                x_k = x_bufs.index(stage).reshape((2 * ROWS, BLOCK_K))
                 w_k = w_bufs.index(stage)
                 if not TRANSPOSED:
                     w_k = w_k.permute((1, 0))
@@ -88,13 +92,10 @@ def _multiply(
                 )
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
-            tma.store_wait(0)  # the last tile's results have left the buffer
-            out.reshape(out_desc.block_type.shape[2:]).store(acc.to(out_desc.dtype))
-            fence_async_shared()
-            at = [ROWS_BOUND, end, ROWS_BOUND - end + row0 + GROUP * ROWS, jn * BLOCK_N]
-            tma.async_copy_shared_to_global(out_desc, at, out)
+            put_rows(out_desc, out, acc, row0 + GROUP * ROWS, end, jn * BLOCK_N)
         else:
             stage, phase = pass_stages(full, empty, stage, phase, K, BLOCK_K, STAGES)
+        e = next_e
         row0 = next_row0
         jn = next_jn
         end = next_end
@@ -103,12 +104,12 @@ def _multiply(
 
 @gluon.jit
 def grouped_linear_kernel(
-    x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
-    N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    x_desc, w_desc, bias_ptr, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+    N: gl.constexpr, K: gl.constexpr, TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    """out = x @ w[e], each expert's rows by its weight."""
+    """out = x @ w[e] + bias, each expert's rows by its weight."""
     dtype: gl.constexpr = w_desc.dtype
     x_bufs = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
     w_bufs = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
@@ -117,18 +118,18 @@ def grouped_linear_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
-                x_bufs, w_bufs, out_bufs, full, empty, N, K, TRANSPOSED,
+                bias_ptr, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, out_bufs.index(0), full, empty, N, K, TRANSPOSED, HAS_BIAS,
                 BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(0),
             )),
             (_multiply, (
-                x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
-                x_bufs, w_bufs, out_bufs, full, empty, N, K, TRANSPOSED,
+                bias_ptr, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, out_bufs.index(1), full, empty, N, K, TRANSPOSED, HAS_BIAS,
                 BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS, gl.constexpr(1),
             )),
             (_produce, (
-                x_desc, w_desc, out_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
-                x_bufs, w_bufs, out_bufs, full, empty, N, K, TRANSPOSED,
+                x_desc, w_desc, offsets_ptr, tiles_ptr, num_tiles_ptr,
+                x_bufs, w_bufs, full, empty, N, K, TRANSPOSED,
                 BLOCK_N, BLOCK_K, STAGES, N_TILES, GROUP_M, PROGRAMS,
             )),
         ],

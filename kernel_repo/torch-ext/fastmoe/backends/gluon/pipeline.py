@@ -10,12 +10,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ..triton.gemm import in_groups
+from ..triton.gemm import ROWS_BOUND, in_groups
 
 CONSUMERS = gl.constexpr(2)
 
@@ -74,6 +76,77 @@ def copy_rows(buffer, pointers, exists, barrier):
 
 
 @gluon.jit
+def gather_rows(
+    x_ptr, w_desc, perm_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, num_experts,
+    x_bufs, w_bufs, full, empty,
+    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, N_TILES: gl.constexpr, GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
+    WARPS: gl.constexpr, LANES: gl.constexpr,
+):  # fmt: skip
+    """The producer of a GEMM over gathered rows: fills the ring, tile after tile.
+
+    x (T, K) is gathered through perm, LANES threads sharing a row of a step. w_desc: (E*N, K), or
+    TRANSPOSED (E*K, N), BLOCK_N columns of the product per tile; or (2E, N, K) in boxes of two
+    experts' parts.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    cols = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout)), 0)
+    num_m = gl.load(num_tiles_ptr)
+    stage = 0
+    phase = 0
+    # Which tile comes next is read two tiles ahead, and its rows' slots one tile ahead.
+    start = gl.program_id(0)
+    e, row0, jn = tile_of(start, num_m, tiles_ptr, N_TILES, GROUP_M)
+    next_e, next_row0, next_jn = tile_of(start + PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
+    end = gl.load(offsets_ptr + e + 1)
+    total = gl.load(offsets_ptr + num_experts)
+    slots = gl.load(perm_ptr + row0 + i, mask=row0 + i < total, other=0)
+    for t in range(start, num_m * N_TILES, PROGRAMS):
+        next_end = gl.load(offsets_ptr + next_e + 1)
+        exists = row0 + i < end
+        token = gl.where(exists, slots // TOP_K, 0)
+        pointers = gl.expand_dims(x_ptr + token.to(gl.int64) * K, 1) + cols
+        slots = gl.load(perm_ptr + next_row0 + i, mask=next_row0 + i < total, other=0)
+        after = t + 2 * PROGRAMS
+        after_e, after_row0, after_jn = tile_of(after, num_m, tiles_ptr, N_TILES, GROUP_M)
+        for k0 in range(0, K, BLOCK_K):
+            barrier = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(barrier, w_desc.block_type.nbytes)
+            if len(w_desc.block_type.shape) == 3:
+                at = [2 * e, jn * BLOCK_N, k0]
+            elif TRANSPOSED:
+                at = [e * K + k0, jn * BLOCK_N]
+            else:
+                at = [e * N + jn * BLOCK_N, k0]
+            tma.async_copy_global_to_shared(w_desc, at, barrier, w_bufs.index(stage))
+            copy_rows(x_bufs.index(stage), pointers + k0, gl.expand_dims(exists, 1), barrier)
+            stage, phase = advance(stage, phase, STAGES)
+        e = next_e
+        row0 = next_row0
+        jn = next_jn
+        end = next_end
+        next_e = after_e
+        next_row0 = after_row0
+        next_jn = after_jn
+
+
+@gluon.jit
+def first_sums(
+    bias_ptr, e, column, N: gl.constexpr, HAS_BIAS: gl.constexpr, ROWS: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """What the sums of a tile start from: the bias (E, N) of its columns, or zero."""
+    acc = gl.zeros((ROWS, column.shape[0]), gl.float32, layout)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + e.to(gl.int64) * N + column, mask=column < N, other=0.0)
+        acc += gl.expand_dims(bias.to(gl.float32), 0)
+    return acc
+
+
+@gluon.jit
 def multiply_stage(a, b, acc, empty, stage, phase, first, STAGES: gl.constexpr):
     """Adds a b of a stage that is full; lets go of the stage before, unless this is the first.
 
@@ -99,6 +172,25 @@ def pass_stages(
 
 
 @gluon.jit
+def halves(tile):
+    """The left and the right columns of a tile of sums, a renaming of registers."""
+    COLUMNS: gl.constexpr = tile.shape[1] // 2
+    return tile.reshape((tile.shape[0], 2, COLUMNS)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def put_rows(desc, buffer, tile, row0, end, col0):
+    """Send a tile on its way to its rows and columns, by a copy that ends at row `end`.
+
+    Waits first until what the buffer held has left it. desc: `ragged`, in blocks of the tile.
+    """
+    tma.store_wait(0)
+    buffer.reshape(desc.block_type.shape[2:]).store(tile.to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [ROWS_BOUND, end, ROWS_BOUND - end + row0, col0], buffer)
+
+
+@gluon.jit
 def make_queue():
     """(tiles, depths, posted, taken): two places, each a tile's number and its depth in rows."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -114,11 +206,14 @@ def make_queue():
 
 @gluon.jit
 def draw(next_ptr, WARPS: gl.constexpr):
-    """Start to draw the next number that no program has drawn; `drawn` waits for it."""
+    """Start to draw the next number that no program has drawn; `drawn` waits for it.
+
+    It orders no other access, so it is relaxed: a fence would wait for the copies in flight.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     lane = gl.arange(0, 32 * WARPS, layout)
     one = gl.full([32 * WARPS], 1, gl.int32, layout)
-    return gl.atomic_add(next_ptr + lane, one, mask=lane == 0)
+    return gl.atomic_add(next_ptr + lane, one, mask=lane == 0, sem="relaxed")
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ from .pipeline import (
     copy_rows,
     draw,
     drawn,
+    halves,
     make_barriers,
     make_queue,
     multiply_stage,
@@ -54,12 +55,10 @@ def _bounds(t, offsets_ptr, num_experts, TILES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-    full, empty, tiles, depths, posted, taken, num_experts,
+    p_desc, q_ptr, perm_ptr, offsets_ptr, next_ptr, num_experts, p_bufs, q_bufs,
+    full, empty, tiles, depths, posted, taken,
     P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
-    TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     P_TILES: gl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     Q_TILES: gl.constexpr = (Q + BLOCK_Q - 1) // BLOCK_Q
@@ -119,10 +118,9 @@ def _add_shared_to_global(desc, coord, source, _semantic=None):
 @gluon.jit
 def _write(out_desc, out, acc, e, p0, q0, TRANSPOSE: gl.constexpr, ADD: gl.constexpr):
     """A tile, q by p, through the store buffer `out`, which holds half of one."""
-    COLUMNS: gl.constexpr = acc.shape[1] // 2
-    left, right = acc.reshape((acc.shape[0], 2, COLUMNS)).permute((0, 2, 1)).split()
+    left, right = halves(acc)
     _write_part(out_desc, out, left, e, p0, q0, TRANSPOSE, ADD)
-    _write_part(out_desc, out, right, e, p0 + COLUMNS, q0, TRANSPOSE, ADD)
+    _write_part(out_desc, out, right, e, p0 + acc.shape[1] // 2, q0, TRANSPOSE, ADD)
 
 
 @gluon.jit
@@ -144,18 +142,15 @@ def _write_part(out_desc, out, acc, e, p0, q0, TRANSPOSE: gl.constexpr, ADD: gl.
 
 @gluon.jit
 def _consume(
-    p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-    full, empty, tiles, depths, posted, taken, num_experts,
-    P: gl.constexpr, Q: gl.constexpr, TOP_K: gl.constexpr,
-    TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
-    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    out_desc, num_experts, p_bufs, q_bufs, out, full, empty, tiles, depths, posted, taken,
+    P: gl.constexpr, Q: gl.constexpr, TRANSPOSE: gl.constexpr, ADD: gl.constexpr,
+    BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     P_TILES: gl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     Q_TILES: gl.constexpr = (Q + BLOCK_Q - 1) // BLOCK_Q
     HALF: gl.constexpr = BLOCK_Q // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_P, 16])
-    out = out_bufs.index(GROUP)
     stage = 0
     phase = 0
     turn = 0
@@ -211,21 +206,19 @@ def weight_grad_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, tiles, depths, posted, taken, num_experts,
-                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
-                gl.constexpr(0),
+                out_desc, num_experts, p_bufs, q_bufs, out_bufs.index(0), full, empty,
+                tiles, depths, posted, taken, P, Q, TRANSPOSE, ADD,
+                BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, gl.constexpr(0),
             )),
             (_consume, (
-                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, tiles, depths, posted, taken, num_experts,
-                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
-                gl.constexpr(1),
+                out_desc, num_experts, p_bufs, q_bufs, out_bufs.index(1), full, empty,
+                tiles, depths, posted, taken, P, Q, TRANSPOSE, ADD,
+                BLOCK_P, BLOCK_Q, BLOCK_K, STAGES, gl.constexpr(1),
             )),
             (_produce, (
-                p_desc, q_ptr, out_desc, perm_ptr, offsets_ptr, next_ptr, p_bufs, q_bufs, out_bufs,
-                full, empty, tiles, depths, posted, taken, num_experts,
-                P, Q, TOP_K, TRANSPOSE, ADD, BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
+                p_desc, q_ptr, perm_ptr, offsets_ptr, next_ptr, num_experts, p_bufs, q_bufs,
+                full, empty, tiles, depths, posted, taken, P, Q, TOP_K,
+                BLOCK_P, BLOCK_Q, BLOCK_K, STAGES,
             )),
         ],
         [4, 4],

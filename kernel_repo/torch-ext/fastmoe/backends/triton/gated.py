@@ -56,25 +56,34 @@ def activation(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def gate_forward(
-    g, u, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
-):
-    """(a, da/dg, da/du) of the gated activation at fp32 g and u.
-
-    LIMIT is infinite where there is none.
-    """
+def bounded(g, LIMIT: tl.constexpr):
+    """What the activation sees of g; LIMIT is infinite where there is none."""
     if LIMIT == float("inf"):
-        value, slope = activation(g, ACT, ALPHA)
-        linear = u + OFFSET
+        return g
+    else:
+        return tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def gated(g, u, value, slope, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """(a, da/dg, da/du) from g, u and the activation and its derivative at `bounded` g, fp32."""
+    if LIMIT == float("inf"):
+        linear = u + OFFSET if OFFSET != 0.0 else u
         return value * linear, linear * slope, value
     else:
-        value, slope = activation(
-            tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL), ACT, ALPHA
-        )
         linear = tl.clamp(u, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL) + OFFSET
         by_g = tl.where(g <= LIMIT, linear * slope, 0.0)
         by_u = tl.where(tl.abs(u) <= LIMIT, value, 0.0)
         return value * linear, by_g, by_u
+
+
+@triton.jit
+def gate_forward(
+    g, u, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
+):
+    """(a, da/dg, da/du) of the gated activation at fp32 g and u."""
+    value, slope = activation(bounded(g, LIMIT), ACT, ALPHA)
+    return gated(g, u, value, slope, LIMIT, OFFSET)
 
 
 @triton.jit
