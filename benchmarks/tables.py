@@ -235,6 +235,26 @@ def _sanitize(result: Result) -> str:
     return markdown(["compute-sanitizer", "errors", "warnings", "in"], lines)
 
 
+def _counters(result: Result) -> str:
+    """Clock and power of steps without a pause, then what the counters say of single kernels."""
+    steps, kernels = [], []
+    for row in result["rows"]:
+        if row["kernel"] is None:
+            cells = [label(row["implementation"], result), str(row["T"]), number(row["ms"])]
+            cells += [f"{row['clock_mhz']:.0f} of {row['highest_clock_mhz']:.0f}"]
+            cells += [f"{row['power_w']:.0f} of {row['power_limit_w']:.0f}"]
+            steps.append([*cells, f"{row['limited_by_power']:.0%}"])
+        else:
+            cells = [str(row["T"]), f"`{row['kernel']}`", number(row["ms"] * 1e3)]
+            cells += [f"{row['clock_mhz']:.0f}"]
+            shares = (row[k] for k in ("occupied", "tensor", "l2", "memory"))
+            kernels.append([*cells, *(f"{share:.0%}" for share in shares)])
+    header = ["", "T", "ms a step", "clock MHz", "power W", "clock held down by the power limit"]
+    first = markdown(header, steps)
+    header = ["T", "kernel", "µs", "clock MHz", "multiprocessors occupied", "tensor cores busy"]
+    return first + "\n\n" + markdown([*header, "L2", "memory"], kernels)
+
+
 def _sft(result: Result) -> str:
     """Whole models through `hf-moe-ep sft`; how many times as fast as the first row."""
     rows = [row for row in result["rows"] if not status(row)]
@@ -327,6 +347,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "sft": _sft,
     "random": _random,
     "sanitize": _sanitize,
+    "counters": _counters,
     "generate": _generate,
     "router": _router,
     "optimizer": _optimizer,
