@@ -182,7 +182,13 @@ def test_nothing_is_left_to_compile(tokens, hidden, options, monkeypatch, tmp_pa
     p = Problem("unseen", tokens, hidden, 640, 32, 4, **options)
     run(fastmoe.fused_experts, p, make_inputs(p, torch.bfloat16, DEVICE))
     assert not [name for early, name in found if not early]
-    assert len(found) >= 9
+    gemms = {
+        "up_gate_kernel",
+        "grouped_linear_kernel",
+        "gate_backward_kernel",
+        "weight_grad_kernel",
+    }
+    assert gemms <= {name for _, name in found}  # the rest another test may have compiled
 
 
 @pytest.mark.parametrize(("experts", "fewer"), [(1, 1), (2, 2), (9, 2), (16, 16), (128, 16)])

@@ -15,6 +15,8 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastmoe.backends.triton import routing  # noqa: E402
+from fastmoe.backends.triton.decode import decode_down_kernel, decode_up_kernel  # noqa: E402
 from fastmoe.backends.triton.exchange import pull_rows_kernel, pull_sums_kernel  # noqa: E402
 from fastmoe.backends.triton.gated import gate_backward_kernel, up_gate_kernel  # noqa: E402
 from fastmoe.backends.triton.gemm import grouped_linear_kernel  # noqa: E402
@@ -114,6 +116,41 @@ def test_shipped_configs_compile_and_fit(kernel, name, capability, rows):
     assert ("cp.async.bulk" in ptx) == (capability >= 90)
 
 
+def compiled_for(
+    capability: int, kernel, types: dict[str, str], values: dict, aligned: tuple[str, ...] = ()
+):
+    """Arguments named in `types`, constants in `values`; `aligned` are multiples of 16."""
+    names = [p.name for p in kernel.params]
+    return triton.compile(
+        ASTSource(
+            kernel,
+            {n: types.get(n, "constexpr") for n in names},
+            {n: values[n] for n in names if n in values},
+            {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+    )
+
+
+@pytest.mark.parametrize("experts", [8, 128, 384])
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_routing_compiles(counted, experts):
+    """The interpreter does not see types that a compiled loop cannot carry."""
+    block_e = max(16, triton.next_power_of_2(experts))
+    names = ("counts_ptr", "perm_ptr", "inv_perm_ptr", "offsets_ptr", "tiles_ptr", "num_tiles_ptr")
+    types = dict.fromkeys(names, "*i32") | dict(ids_ptr="*i64")
+    types |= dict.fromkeys(("S", "per", "num_chunks", "MAX_TILES", "NUM_EXPERTS"), "i32")
+    values = dict(CHUNK=512, BLOCK_E=block_e, BLOCK_M=128, STEP=128, COUNTED=counted)
+    values |= dict(ROWS=max(routing._COUNTS // block_e, 1))
+    if counted:
+        counting = {n: types[n] for n in ("ids_ptr", "counts_ptr", "S", "per", "NUM_EXPERTS")}
+        assert compiled_for(90, routing.count_kernel, counting, values)
+    else:
+        del types["counts_ptr"]
+        values |= dict(counts_ptr=None)
+    assert compiled_for(90, routing.place_kernel, types, values)
+
+
 @pytest.mark.parametrize("kernel", [pull_rows_kernel, pull_sums_kernel], ids=lambda k: k.__name__)
 def test_rows_of_peers_are_read_16_bytes_at_a_time(kernel):
     """Their addresses are integers, of whose alignment the compiler knows what the kernel says."""
@@ -123,16 +160,22 @@ def test_rows_of_peers_are_read_16_bytes_at_a_time(kernel):
         first="i32", second="i32",
     )  # fmt: skip
     values = dict(TOP_K=8, BLOCK_K=8, BLOCK_H=2048, NUM_RANKS=2, BLOCK_SMALL=8)
-    names = [p.name for p in kernel.params]
     aligned = ("peers_ptr", "ids_ptr", "out_ptr", "small_ptr", "H")
-    compiled = triton.compile(
-        ASTSource(
-            kernel,
-            {n: types.get(n, "constexpr") for n in names},
-            {n: values[n] for n in names if n in values},
-            {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
-        ),
-        target=GPUTarget("cuda", 90, 32),
-    )
-    ptx = compiled.asm["ptx"]
+    ptx = compiled_for(90, kernel, types, values, aligned).asm["ptx"]
     assert "ld.global.v4.b32" in ptx and "ld.global.b16" not in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decode_waits_for_the_kernel_before_where_it_starts_early(capability):
+    early = capability >= 90
+    gate = dict(GATED=True, INTERLEAVED=False, ACT="silu", ALPHA=1.0, LIMIT=float("inf"))
+    values = gate | dict(
+        OFFSET=0.0, H=H, I=I, TOP_K=K, TRANSPOSED=False, HAS_BIAS=False, bias_ptr=None,
+        BLOCK_N=4, BLOCK_K=1024, EARLY=early,
+    )  # fmt: skip
+    names = ("x_ptr", "up_ptr", "a_ptr", "weights_ptr", "down_ptr", "out_ptr")
+    types = dict.fromkeys(names, "*bf16") | dict(ids_ptr="*i64", NUM_EXPERTS="i32")
+    for kernel in (decode_up_kernel, decode_down_kernel):
+        ptx = compiled_for(capability, kernel, types, values).asm["ptx"]
+        assert ("griddepcontrol.wait" in ptx) == early
+        assert not early or ptx.index("griddepcontrol.wait") < ptx.index("ld.global")

@@ -27,10 +27,18 @@ def test_fused(p, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("inner", "transposed"), [(160, False), (128, True), (132, False)])
-def test_many_rows_an_expert(inner, transposed, dtype):
+@pytest.mark.parametrize(
+    ("inner", "options"),
+    [
+        (160, {}), (128, dict(transposed=True)), (132, {}), (160, dict(bias=True)),
+        (192, dict(interleaved=True)), (264, dict(gate="gelu", interleaved=True, bias=True)),
+        (192, dict(gate="clamped", bias=True, transposed=True, interleaved=True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_many_rows_an_expert(inner, options, dtype):
     """Several tiles of an expert, the last one whole, half and less; columns past a tile's end."""
-    p = Problem("many", 700, 192, inner, 4, 2, sentinels=0.1, skew=1.0, transposed=transposed)
+    p = Problem("many", 700, 192, inner, 4, 2, sentinels=0.1, skew=1.0, **options)
     inputs = make_inputs(p, dtype, DEVICE)
     assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
 

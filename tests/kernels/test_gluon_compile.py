@@ -13,6 +13,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout  # noqa: E402
 from fastmoe import hopper  # noqa: E402
 from fastmoe.backends.gluon.gated import gate_backward_kernel  # noqa: E402
 from fastmoe.backends.gluon.linear import grouped_linear_kernel  # noqa: E402
+from fastmoe.backends.gluon.up import up_gate_kernel  # noqa: E402
 from fastmoe.backends.gluon.weight_grad import weight_grad_kernel  # noqa: E402
 
 SHARED_MEMORY = 232_448  # bytes one program may have
@@ -60,9 +61,10 @@ def test_weight_grad_fits_and_adds_by_bulk_copies(width, add, transpose):
     assert (stores, adds) == ((0, 4) if add else (4, 0))  # two warpgroups, halves of a tile
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("width", [2048, 2880])
-def test_linear_fits_and_writes_by_bulk_copies(width, transposed):
+def test_linear_fits_and_writes_by_bulk_copies(width, transposed, bias):
     tile, step = hopper._TILE_N, hopper._BLOCK_K
     types = dict(
         x_desc=descriptor("bf16", 16, 1, 1, hopper._BLOCK_M, step),
@@ -71,17 +73,54 @@ def test_linear_fits_and_writes_by_bulk_copies(width, transposed):
         offsets_ptr="*i32", tiles_ptr="*i32", num_tiles_ptr="*i32",
     )  # fmt: skip
     values = dict(
-        N=width, K=1536, TRANSPOSED=transposed, BLOCK_N=tile, BLOCK_K=step, STAGES=hopper._STAGES,
-        N_TILES=-(-width // tile), GROUP_M=8, PROGRAMS=132,
+        N=width, K=1536, TRANSPOSED=transposed, HAS_BIAS=bias, BLOCK_N=tile, BLOCK_K=step,
+        STAGES=hopper._STAGES, N_TILES=-(-width // tile), GROUP_M=8, PROGRAMS=132,
     )  # fmt: skip
-    ptx = ptx_of(grouped_linear_kernel, types, values)
+    if bias:
+        types["bias_ptr"] = "*bf16"
+    ptx = ptx_of(grouped_linear_kernel, types, values | ({} if bias else dict(bias_ptr=None)))
     assert ptx.count("cp.async.bulk.tensor.4d.global.shared") == 2  # one of each warpgroup
 
 
+SWIGLU = dict(ACT="silu", ALPHA=1.0, LIMIT=float("inf"), OFFSET=0.0)
+GPT_OSS = dict(ACT="silu", ALPHA=1.702, LIMIT=7.0, OFFSET=1.0)
+GEGLU = dict(ACT="gelu", ALPHA=1.0, LIMIT=float("inf"), OFFSET=0.0)
+
+
+@pytest.mark.parametrize("keep_h", [False, True])
 @pytest.mark.parametrize(
-    "gate", [dict(ACT="silu", LIMIT=float("inf")), dict(ACT="gelu", LIMIT=7.0)]
+    "gate, interleaved, transposed, bias",
+    [
+        (SWIGLU, False, False, False), (GEGLU, False, False, True),
+        (GPT_OSS, True, True, True), (SWIGLU, True, False, False),
+    ],
+)  # fmt: skip
+def test_up_fits_and_writes_by_bulk_copies(gate, interleaved, transposed, bias, keep_h):
+    tile, step = hopper._TILE_N, hopper._BLOCK_K
+    rows = descriptor("bf16", 16, 1, 1, hopper._BLOCK_M // 2, tile // 2)
+    if interleaved:
+        w = descriptor("bf16", 16, *((step, tile) if transposed else (tile, step)))
+    else:
+        w = descriptor("bf16", 16, 2, tile // 2, step)
+    types = dict(x_ptr="*bf16", w_desc=w, a_desc=rows, num_experts="i32")
+    types |= dict.fromkeys(("perm_ptr", "offsets_ptr", "tiles_ptr", "num_tiles_ptr"), "*i32")
+    types |= dict.fromkeys(("h_desc", "h_up_desc") if keep_h else (), rows)
+    types |= dict(bias_ptr="*bf16") if bias else {}
+    values = gate | dict(
+        I=2880, K=2880, TOP_K=4, INTERLEAVED=interleaved, TRANSPOSED=transposed, HAS_BIAS=bias,
+        STORE_H=keep_h, BLOCK_M=hopper._BLOCK_M, BLOCK_N=tile // 2, BLOCK_K=step,
+        STAGES=hopper._STAGES + 1, N_TILES=23, GROUP_M=8, PROGRAMS=132,
+    )  # fmt: skip
+    nothing = {n: None for n in ("bias_ptr", "h_desc", "h_up_desc") if n not in types}
+    ptx = ptx_of(up_gate_kernel, types, values | nothing)
+    pieces = 3 if keep_h else 1
+    assert ptx.count("cp.async.bulk.tensor.4d.global.shared") == 2 * pieces  # of two warpgroups
+
+
+@pytest.mark.parametrize(
+    "gate, interleaved", [(SWIGLU, False), (GEGLU | dict(LIMIT=7.0), False), (GPT_OSS, True)]
 )
-def test_gate_backward_fits(gate):
+def test_gate_backward_fits(gate, interleaved):
     tile, step = hopper._TILE_N, hopper._BLOCK_K
     pointers = ("grad_ptr", "weights_ptr", "h_ptr", "grad_h_ptr", "a_ptr")
     types = dict.fromkeys(pointers, "*bf16") | dict(
@@ -89,7 +128,7 @@ def test_gate_backward_fits(gate):
         offsets_ptr="*i32", tiles_ptr="*i32", num_tiles_ptr="*i32", num_experts="i32",
     )  # fmt: skip
     values = gate | dict(
-        N=768, K=2048, TOP_K=8, TRANSPOSED=True, KEEP_A=True, ALPHA=1.0, OFFSET=0.0,
+        N=768, K=2048, TOP_K=8, INTERLEAVED=interleaved, TRANSPOSED=True, KEEP_A=True,
         BLOCK_M=hopper._BLOCK_M, BLOCK_N=tile, BLOCK_K=step, STAGES=hopper._STAGES,
         N_TILES=3, GROUP_M=8, PROGRAMS=132,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def test_random_problems_at_tile_sizes(seed):
     p = Problem(
         "random", pick(200, 777, 2048, 3001), pick(256, 512), pick(128, 192, 256, 320),
         pick(2, 8, 16), pick(1, 2), skew=pick(0.0, 1.0), sentinels=pick(0.0, 0.3),
-        transposed=pick(False, True), gate=pick("silu", "gelu_tanh"),
+        transposed=pick(False, True), interleaved=pick(False, True), bias=pick(False, True),
+        gate=pick("silu", "gelu_tanh", "clamped"),
     )  # fmt: skip
     inputs = make_inputs(p, pick(torch.bfloat16, torch.float16), DEVICE, seed)
     assert_as_good_as_torch(run(fastmoe.fused_experts, p, inputs), p, inputs)
