@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-from .problems import Inputs
+from .problems import Inputs, Problem
 
 Forward = Callable[[Inputs], torch.Tensor]
 OUTPUT = "output"
@@ -57,12 +57,14 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill_before
 
 
-def reference(inputs: Inputs, gradients: bool = True) -> dict[str, torch.Tensor]:
-    """Output and gradients of SwiGLU experts by plain PyTorch, in a wide dtype, one expert at a
-    time.
+def reference(
+    inputs: Inputs, gradients: bool = True, problem: Problem | None = None
+) -> dict[str, torch.Tensor]:
+    """Output and gradients of the experts by plain PyTorch, in a wide dtype, one expert at a time.
 
-    Only one expert's activations exist at once, so a real size fits. Keys: "output", and the names
-    of `inputs.leaves()` for the gradients of <output, inputs.grad>.
+    They are SwiGLU experts with the gate half first, or those of a problem `of_gpt_oss`. Only one
+    expert's activations exist at once, so a real size fits. Keys: "output", and the names of
+    `inputs.leaves()` for the gradients of <output, inputs.grad>.
     """
     dtype = wide(inputs.x.dtype)
     results = {OUTPUT: torch.zeros_like(inputs.x, dtype=dtype)}
@@ -70,18 +72,32 @@ def reference(inputs: Inputs, gradients: bool = True) -> dict[str, torch.Tensor]
         results |= {n: torch.zeros_like(t, dtype=dtype) for n, t in inputs.leaves().items()}
     for e in range(inputs.up.shape[0]):
         tokens, slots = torch.where(inputs.top_k_index == e)
-        rows = (inputs.x[tokens], inputs.top_k_weights[tokens, slots], inputs.up[e], inputs.down[e])
-        x, weights, up, down = (t.detach().to(dtype).requires_grad_(gradients) for t in rows)
-        gate_half, up_half = (x @ up.T).chunk(2, -1)  # (rows of e, I) each
-        y = ((silu(gate_half) * up_half) @ down.T) * weights[:, None]  # (rows of e, H)
+        parts = {n: t[e] for n, t in inputs.leaves().items() if n not in ("x", "top_k_weights")}
+        parts |= {"x": inputs.x[tokens], "top_k_weights": inputs.top_k_weights[tokens, slots]}
+        parts = {n: t.detach().to(dtype).requires_grad_(gradients) for n, t in parts.items()}
+        y = _expert(parts, problem) * parts["top_k_weights"][:, None]  # (rows of e, H)
         results[OUTPUT].index_add_(0, tokens, y.detach())
         if gradients:
-            dy = inputs.grad[tokens].to(dtype)
-            dx, dweights, dup, ddown = torch.autograd.grad(y, (x, weights, up, down), dy)
-            results["x"].index_add_(0, tokens, dx)
-            results["top_k_weights"][tokens, slots] = dweights
-            results["up"][e], results["down"][e] = dup, ddown
+            found = torch.autograd.grad(y, list(parts.values()), inputs.grad[tokens].to(dtype))
+            of = dict(zip(parts, found, strict=True))
+            results["x"].index_add_(0, tokens, of.pop("x"))
+            results["top_k_weights"][tokens, slots] = of.pop("top_k_weights")
+            for name, value in of.items():
+                results[name][e] = value
     return results
+
+
+def _expert(parts: dict[str, torch.Tensor], problem: Problem | None) -> torch.Tensor:
+    """One expert's rows (n, H) before the routing weights."""
+    if problem is None or problem.plain:
+        gate_half, up_half = (parts["x"] @ parts["up"].T).chunk(2, -1)  # (n, I) each
+        return (silu(gate_half) * up_half) @ parts["down"].T
+    if not problem.of_gpt_oss:
+        raise ValueError(f"no reference for {problem.name!r}")
+    h = parts["x"] @ parts["up"] + parts["up_bias"]
+    gate, up = h[:, ::2].clamp(max=problem.limit), h[:, 1::2].clamp(-problem.limit, problem.limit)
+    a = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return a @ parts["down"] + parts["down_bias"]
 
 
 def run(forward: Forward, inputs: Inputs, gradients: bool = True) -> dict[str, torch.Tensor]:

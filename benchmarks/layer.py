@@ -109,7 +109,7 @@ def _time_graphs(
     where the tokens go to more than half of the experts, the last of its own, many times the cache.
     """
     layers = _disjoint(problem, inputs)
-    ends = {n: gate.reference(layers[n], gradients=False) for n in {0, len(layers) - 1}}
+    ends = {n: gate.reference(layers[n], False, problem) for n in {0, len(layers) - 1}}
     replays, stream = {}, torch.cuda.current_stream()
     for name, forward in admitted.items():
         try:
@@ -177,7 +177,7 @@ def admit(
     rows = {n: new_row(problem, n) for n in settings.implementations}
     for name, reason in missing.items():
         rows[name]["not_available"] = reason
-    want = gate.reference(inputs, gradients)
+    want = gate.reference(inputs, gradients, problem)
     baseline_forward = peers.IMPLEMENTATIONS[peers.BASELINE](problem)
     baseline = gate.errors(gate.run(baseline_forward, inputs, gradients), want)
     unfit = gate.gross_objections(baseline, settings.dtype)

@@ -1,9 +1,9 @@
 """The implementations that are compared, each behind one signature: `forward(inputs) -> (T, H)`,
 differentiable.
 
-All compute SwiGLU experts with up weights (E, 2I, H), gate half first, and down weights (E, H, I).
-Adapters import what they wrap when they are built, so that a missing package is a reason in the
-result and no failure.
+All compute SwiGLU experts with up weights (E, 2I, H), gate half first, and down weights (E, H, I),
+some also gpt-oss's own layout and gate (problems.py). Adapters import what they wrap when they are
+built, so that a missing package is a reason in the result and no failure.
 """
 
 from __future__ import annotations
@@ -23,26 +23,32 @@ LEAN = "fastmoe_lean"
 BASELINE = "grouped_mm"  # the yardstick of the gate, and transformers' default
 
 
-def _module(inputs: Inputs) -> types.SimpleNamespace:
+def _module(inputs: Inputs, problem: Problem) -> types.SimpleNamespace:
     """What transformers' experts functions read from an experts module, around the benchmark's own
     tensors.
     """
     from transformers.integrations.moe import _default_apply_gate
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
     module = types.SimpleNamespace(
         num_experts=inputs.up.shape[0],
         gate_up_proj=inputs.up,
         down_proj=inputs.down,
+        gate_up_proj_bias=inputs.up_bias,
+        down_proj_bias=inputs.down_bias,
         act_fn=silu,
+        alpha=1.702,
+        limit=problem.limit,
         has_gate=True,
-        has_bias=False,
+        has_bias=problem.bias,
         has_post_expert_norm=False,
-        is_transposed=False,
-        is_concatenated=True,
+        is_transposed=problem.transposed,
+        is_concatenated=not problem.interleaved,
         _is_expert_parallel=False,
         config=types.SimpleNamespace(hidden_act="silu", _experts_implementation="eager"),
     )
-    module._apply_gate = types.MethodType(_default_apply_gate, module)
+    apply_gate = GptOssExperts._apply_gate if problem.of_gpt_oss else _default_apply_gate
+    module._apply_gate = types.MethodType(apply_gate, module)
     return module
 
 
@@ -50,42 +56,55 @@ def fastmoe(problem: Problem) -> Forward:
     """Ours, through the door that hf_moe_ep itself uses: $HF_MOE_EP_KERNEL picks bundled, hub or a
     path.
     """
-    return _fused_experts()
+    return _fused_experts(problem)
 
 
-def _fused_experts(**options) -> Forward:
+def _fused_experts(problem: Problem, **options) -> Forward:
     from hf_moe_ep.kernel import get_kernel
 
     kernel = get_kernel()
-    gate = kernel.Gate("silu")
+    options |= dict(gate=kernel.Gate(**problem.gate_options), is_transposed=problem.transposed)
     return lambda i: kernel.fused_experts(
-        i.x, i.top_k_index, i.top_k_weights, i.up, i.down, gate=gate, **options
-    )
+        i.x, i.top_k_index, i.top_k_weights, i.up, i.down,
+        up_bias=i.up_bias, down_bias=i.down_bias, **options,
+    )  # fmt: skip
 
 
 def fastmoe_lean(problem: Problem) -> Forward:
     """Ours, keeping the input alone between forward and backward."""
-    return _fused_experts(recompute=True)
+    return _fused_experts(problem, recompute=True)
 
 
 def grouped_mm(problem: Problem) -> Forward:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    return lambda i: grouped_mm_experts_forward(_module(i), i.x, i.top_k_index, i.top_k_weights)
+    def forward(i: Inputs) -> torch.Tensor:
+        module = _module(i, problem)
+        return grouped_mm_experts_forward(module, i.x, i.top_k_index, i.top_k_weights)
+
+    return forward
 
 
 def batched_mm(problem: Problem) -> Forward:
     """What `generate()` uses. It copies the weights of every slot, so it is for decode only."""
     from transformers.integrations.moe import batched_mm_experts_forward
 
-    return lambda i: batched_mm_experts_forward(_module(i), i.x, i.top_k_index, i.top_k_weights)
+    def forward(i: Inputs) -> torch.Tensor:
+        module = _module(i, problem)
+        return batched_mm_experts_forward(module, i.x, i.top_k_index, i.top_k_weights)
+
+    return forward
 
 
 def eager(problem: Problem) -> Forward:
     """The model's own loop over the experts that have tokens."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    return lambda i: Qwen3MoeExperts.forward(_module(i), i.x, i.top_k_index, i.top_k_weights)
+    def forward(i: Inputs) -> torch.Tensor:
+        module = _module(i, problem)
+        return Qwen3MoeExperts.forward(module, i.x, i.top_k_index, i.top_k_weights)
+
+    return forward
 
 
 def liger(problem: Problem) -> Forward:
@@ -162,6 +181,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], Forward]] = {
     for f in (fastmoe, fastmoe_lean, grouped_mm, batched_mm, eager, liger, scattermoe, sonicmoe)
 }
 NEEDS_CUDA = ("liger", "scattermoe", "sonicmoe")
+OF_GPT_OSS = (OURS, LEAN, BASELINE, "batched_mm")  # those that compute its experts too
 
 
 def check_names(names: list[str]) -> None:
@@ -172,12 +192,11 @@ def check_names(names: list[str]) -> None:
 
 
 def check_problem(problem: Problem) -> None:
-    """Raises ValueError for a problem that not every implementation computes."""
-    plain = problem.gate == "silu" and problem.gated and problem.T and not problem.sentinels
-    if not plain or problem.bias or problem.transposed or problem.interleaved:
+    """Raises ValueError for a problem that has no yardstick."""
+    if not (problem.plain or problem.of_gpt_oss):
         raise ValueError(
-            f"{problem.name!r} cannot be compared: every implementation computes SwiGLU experts, "
-            "with the gate half first, no biases, no sentinels and at least one token"
+            f"{problem.name!r} cannot be compared: the others compute SwiGLU experts with the gate "
+            "half first and no biases, some of them gpt-oss's; no sentinels, at least one token"
         )
 
 
@@ -194,6 +213,9 @@ def build(
     for name in names:
         if name in NEEDS_CUDA and device.type != "cuda":
             missing[name] = f"needs a CUDA GPU, and this runs on {device.type}"
+            continue
+        if not problem.plain and name not in OF_GPT_OSS:
+            missing[name] = "computes SwiGLU experts with the gate half first and no biases"
             continue
         try:
             found[name] = IMPLEMENTATIONS[name](problem)

@@ -26,6 +26,7 @@ class Problem:
     sentinels: float = 0.0
     # Activation of the gate, or of an ungated expert; "clamped" is gpt-oss's gate.
     gate: str | None = "silu"
+    limit: float = 1.0  # of "clamped"; unit inputs reach 1, not the 7 of the models
     gated: bool = True
     bias: bool = False
     transposed: bool = False
@@ -37,10 +38,22 @@ class Problem:
         return 2 * self.T * self.K * (3 if self.gated else 2) * self.H * self.I
 
     @property
+    def plain(self) -> bool:
+        """SwiGLU, gate half first, no biases, no sentinels: what every implementation computes."""
+        usual = self.gate == "silu" and self.gated and self.T > 0 and not self.sentinels
+        return usual and not (self.bias or self.transposed or self.interleaved)
+
+    @property
+    def of_gpt_oss(self) -> bool:
+        """gpt-oss's own gate and layout: transposed weights, gate and up in pairs, biases."""
+        layout = self.bias and self.transposed and self.interleaved
+        return layout and self.gate == "clamped" and self.T > 0 and not self.sentinels
+
+    @property
     def gate_options(self) -> dict[str, object]:
-        """What `fastmoe.Gate` is made of; unit inputs reach the low limit of "clamped"."""
+        """What `fastmoe.Gate` is made of."""
         if self.gate == "clamped":
-            constants = dict(activation="silu", alpha=1.702, limit=1.0, up_offset=1.0)
+            constants = dict(activation="silu", alpha=1.702, limit=self.limit, up_offset=1.0)
             return constants | dict(interleaved=self.interleaved)
         return dict(activation=self.gate, gated=self.gated, interleaved=self.interleaved)
 
@@ -70,6 +83,7 @@ class Inputs:
 QWEN3_30B = Problem("qwen3-30b-a3b", 16384, 2048, 768, 128, 8)
 OLMOE = Problem("olmoe-1b-7b", 8192, 2048, 1024, 64, 8)
 GPT_OSS_20B = Problem("gpt-oss-20b-size", 8192, 2880, 2880, 32, 4)
+OF_GPT_OSS = dict(gate="clamped", limit=7.0, bias=True, transposed=True, interleaved=True)
 DEEPSEEK_V3_8 = Problem("deepseek-v3-eighth", 8192, 7168, 2048, 32, 8)
 MIXTRAL = Problem("mixtral-8x7b", 8192, 4096, 14336, 8, 2)
 
@@ -80,6 +94,7 @@ TRAINING = (
     replace(QWEN3_30B, name="qwen3-30b-a3b-zipf", skew=1.0),
     OLMOE,
     GPT_OSS_20B,
+    replace(GPT_OSS_20B, name="gpt-oss-20b", **OF_GPT_OSS),
     DEEPSEEK_V3_8,
     MIXTRAL,
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastmoe
 from benchmarks import (
     accumulate,
     bench_experts,
@@ -334,7 +335,7 @@ def test_exit_status_is_1_when_ours_is_not_right(monkeypatch, tmp_path, spoil, m
         (["train", "--peers", "megablocks"], "unknown implementations ['megablocks']"),
         (["train", "--problems", "qwen"], "no problem is called 'qwen'"),
         (["train", "--problems", "small@many"], "'small@many'"),
-        (["train", "--problems", "gpt_oss"], "'gpt_oss' cannot be compared"),
+        (["train", "--problems", "interleaved"], "'interleaved' cannot be compared"),
         (["train", "--problems", "no_tokens"], "'no_tokens' cannot be compared"),
         (["train", "--problems", "sentinels"], "'sentinels' cannot be compared"),
     ],
@@ -373,6 +374,29 @@ def test_unseen_counts_are_distinct_and_the_same_in_every_run():
     counts = first_step.unseen_counts(16384)
     assert counts == first_step.unseen_counts(16384) and len(set(counts)) == 20
     assert all(8192 <= c < 16384 for c in counts)
+
+
+def test_the_layout_of_gpt_oss_is_compared_where_it_is_computed(tmp_path, capsys):
+    """And the reference of the gate is that of the operator itself."""
+    p = next(p for p in EDGE if p.name == "gpt_oss")
+    inputs = make_inputs(p, torch.float64)
+    want = gate.reference(inputs, problem=p)
+    options = dict(gate=fastmoe.Gate(**p.gate_options), is_transposed=True)
+    options |= dict(up_bias=inputs.up_bias, down_bias=inputs.down_bias)
+    got = gate.run(
+        lambda i: fastmoe.reference_experts(
+            i.x, i.top_k_index, i.top_k_weights, i.up, i.down, **options
+        ),
+        inputs,
+    )
+    assert set(got) == set(want) and {"up_bias", "down_bias"} < set(got)
+    assert max(e.worst for e in gate.errors(got, want).values()) < 1e-12
+
+    peers_ = "fastmoe,grouped_mm,eager"
+    argv = ["train", "--problems", "gpt_oss", "--peers", peers_, "--seconds", "0.01"]
+    assert bench_experts.main([*argv, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "eager: not available: computes SwiGLU experts with the gate half first" in said
 
 
 def test_commit_is_named_in_order_of_preference(monkeypatch):

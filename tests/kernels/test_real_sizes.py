@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.mark.parametrize("p", TRAINING, ids=lambda p: f"{p.name}-{p.T}")
 def test_real_size(p, dtype):
     inputs = make_inputs(p, dtype, DEVICE)
-    want = gate.reference(inputs)
+    want = gate.reference(inputs, problem=p)
     found = {}
     for name in (peers.OURS, peers.BASELINE):
         found[name] = gate.errors(gate.run(getattr(peers, name)(p), inputs), want)
