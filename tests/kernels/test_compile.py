@@ -15,6 +15,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastmoe import decode  # noqa: E402
 from fastmoe.backends.triton import routing  # noqa: E402
 from fastmoe.backends.triton.decode import decode_down_kernel, decode_up_kernel  # noqa: E402
 from fastmoe.backends.triton.exchange import pull_rows_kernel, pull_sums_kernel  # noqa: E402
@@ -171,7 +172,7 @@ def test_decode_waits_for_the_kernel_before_where_it_starts_early(capability):
     gate = dict(GATED=True, INTERLEAVED=False, ACT="silu", ALPHA=1.0, LIMIT=float("inf"))
     values = gate | dict(
         OFFSET=0.0, H=H, I=I, TOP_K=K, TRANSPOSED=False, HAS_BIAS=False, bias_ptr=None,
-        BLOCK_N=4, BLOCK_K=1024, EARLY=early,
+        BLOCK_N=4, BLOCK_K=1024, UNROLL=2, EARLY=early,
     )  # fmt: skip
     names = ("x_ptr", "up_ptr", "a_ptr", "weights_ptr", "down_ptr", "out_ptr")
     types = dict.fromkeys(names, "*bf16") | dict(ids_ptr="*i64", NUM_EXPERTS="i32")
@@ -179,3 +180,18 @@ def test_decode_waits_for_the_kernel_before_where_it_starts_early(capability):
         ptx = compiled_for(capability, kernel, types, values).asm["ptx"]
         assert ("griddepcontrol.wait" in ptx) == early
         assert not early or ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
+def test_decode_of_wide_transposed_weights_compiles_in_seconds():
+    """With every load unrolled, as they once were, ptxas took a minute for a kernel of gpt-oss."""
+    values = dict(GATED=True, INTERLEAVED=True, ACT="silu", ALPHA=1.702, LIMIT=7.0, OFFSET=1.0)
+    values |= dict(H=2880, I=2880, TOP_K=4, TRANSPOSED=True, HAS_BIAS=True, EARLY=True)
+    names = ("x_ptr", "up_ptr", "bias_ptr", "a_ptr", "weights_ptr", "down_ptr", "out_ptr")
+    types = dict.fromkeys(names, "*bf16") | dict(ids_ptr="*i64", NUM_EXPERTS="i32")
+    blocks = (decode._UP_BLOCK, decode_up_kernel), (decode._DOWN_BLOCK, decode_down_kernel)
+    for block, kernel in blocks:
+        n, k, _, steps = block[True]
+        block = dict(BLOCK_N=n, BLOCK_K=k, UNROLL=steps)
+        aligned = tuple(names)
+        ptx = compiled_for(90, kernel, types, values | block, aligned).asm["ptx"]
+        assert 0 < ptx.count("ld.global") < 200

@@ -56,14 +56,27 @@ def test_fused_leaves_what_is_not_finite_with_its_expert(dtype):
         assert torch.equal(got[name][::2], clean[name][::2]), name
 
 
-DECODE_NAMES = ["small", "gpt_oss_sentinels", "odd_sizes", "transposed_odd", "ungated_silu_bias"]
+# More than a program has in flight at once: of one expert's columns, or of experts.
+DEEP = (
+    replace(BY_NAME["gpt_oss"], name="deep_transposed", H=330, I=530, K=3),
+    replace(BY_NAME["bias"], name="deep", H=40, I=1030, K=9),
+)
+BY_NAME |= {p.name: p for p in DEEP}
+DECODE_NAMES = [
+    "deep_transposed",
+    "small",
+    "gpt_oss_sentinels",
+    "odd_sizes",
+    "transposed_odd",
+    "ungated_silu_bias",
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("name", DECODE_NAMES)
 def test_fused_for_a_few_tokens(name, tokens, dtype):
-    p = replace(BY_NAME[name], T=tokens, E=32)
+    p = replace(BY_NAME[name], T=tokens, E=64)
     inputs = make_inputs(p, dtype, DEVICE)
     on_triton = fastmoe.backend_name(inputs.x) == "triton"
     assert decode.serves(inputs.x, tokens * p.K, p.E) == on_triton

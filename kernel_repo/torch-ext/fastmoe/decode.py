@@ -13,9 +13,11 @@ from .device import backend_name, starts_early
 from .gates import Gate
 
 _MAX_SLOTS = 32  # from here on, experts are shared so often that sorting pays; H200, Qwen3-30B-A3B
-# (columns of the output, depth, warps) of a program, by the memory order of the weights.
-_UP_BLOCK = {False: (2, 1024, 2), True: (64, 64, 4)}
-_DOWN_BLOCK = {False: (4, 1024, 4), True: (64, 128, 4)}
+# (columns of the output, depth, warps) of a program, by the memory order of the weights, and how
+# many steps of that depth it has in flight: all of them where they are few, else ptxas takes
+# minutes (gpt-oss).
+_UP_BLOCK = {False: (2, 1024, 2, 8), True: (64, 64, 4, 4)}
+_DOWN_BLOCK = {False: (4, 1024, 4, 16), True: (64, 128, 4, 4)}
 
 
 def serves(x: torch.Tensor, num_slots: int, num_experts: int) -> bool:
@@ -47,8 +49,9 @@ def decode(
 
     tokens, top_k = ids.shape
     experts, hidden, inner = up.shape[0], x.shape[1], down.shape[1 if transposed else 2]
-    up_n, up_k, up_warps = _UP_BLOCK[transposed]
-    down_n, down_k, down_warps = _DOWN_BLOCK[transposed]
+    up_n, up_k, up_warps, up_steps = _UP_BLOCK[transposed]
+    down_n, down_k, down_warps, down_steps = _DOWN_BLOCK[transposed]
+    up_steps = min(up_steps, -(-hidden // up_k))
     early = starts_early(x.device)
     options = dict(launch_pdl=True) if early else {}
     a = x.new_empty(tokens * top_k, inner)
@@ -56,13 +59,15 @@ def decode(
     launch(
         decode_up_kernel, (tokens * top_k, -(-inner // up_n)), (x, ids, up, up_bias, a), (),
         (experts, hidden, inner, top_k, gate.gated, gate.interleaved, gate.activation, gate.alpha,
-         gate.limit, gate.up_offset, transposed, up_bias is not None, up_n, up_k, early),
+         gate.limit, gate.up_offset, transposed, up_bias is not None, up_n, up_k, up_steps,
+         early),
         num_warps=up_warps, **options,
     )  # fmt: skip
     launch(
         decode_down_kernel, (tokens, -(-hidden // down_n)),
         (a, ids, weights, down, down_bias, out), (),
-        (experts, hidden, inner, top_k, transposed, down_bias is not None, down_n, down_k, early),
+        (experts, hidden, inner, top_k, transposed, down_bias is not None, down_n, down_k,
+         down_steps, early),
         num_warps=down_warps, **options,
     )  # fmt: skip
     return out
