@@ -59,12 +59,12 @@ def test_fused_leaves_what_is_not_finite_with_its_expert(dtype):
 # More than a program has in flight at once: of one expert's columns, or of experts.
 DEEP = (
     replace(BY_NAME["gpt_oss"], name="deep_transposed", H=260, I=520, K=1),
-    replace(BY_NAME["bias"], name="deep", H=40, I=1030, K=9),
+    replace(BY_NAME["bias"], name="deep_top17", H=17, I=10, K=17),
 )
 BY_NAME |= {p.name: p for p in DEEP}
 DECODE_NAMES = [
     "small", "gpt_oss_sentinels", "odd_sizes", "transposed_odd", "ungated_silu_bias",
-    "deep_transposed", "deep",
+    "deep_transposed", "deep_top17",
 ]  # fmt: skip
 
 
@@ -72,6 +72,7 @@ DECODE_NAMES = [
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("name", DECODE_NAMES)
 def test_fused_for_a_few_tokens(name, tokens, dtype):
+    tokens = min(tokens, 32 // BY_NAME[name].K)
     p = replace(BY_NAME[name], T=tokens, E=64)
     inputs = make_inputs(p, dtype, DEVICE)
     on_triton = fastmoe.backend_name(inputs.x) == "triton"
