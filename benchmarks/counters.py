@@ -23,7 +23,7 @@ from . import floors, peers, report
 from .problems import QWEN3_30B, make_inputs
 from .timing import drop_gradients
 
-KERNELS = "up_gate_kernel|grouped_linear_kernel|gate_backward_kernel|weight_grad_kernel"
+KERNELS = "^(up_gate|grouped_linear|gate_backward|weight_grad)_kernel"
 # Column of a row -> counter. Shares are percentages of what the unit can do; "tensor" is of the
 # time in which a multiprocessor had work.
 COUNTERS = {
