@@ -87,8 +87,8 @@ def gather_rows(
     """The producer of a GEMM over gathered rows: fills the ring, tile after tile.
 
     x (T, K) is gathered through perm, LANES threads sharing a row of a step. w_desc: (E*N, K), or
-    TRANSPOSED (E*K, N), BLOCK_N columns of the product per tile; or (2E, N, K) in boxes of two
-    experts' parts.
+    TRANSPOSED (E*K, N), BLOCK_N columns of the product a tile; or (2E, N/2, K) in boxes of BLOCK_N
+    columns of both halves of an expert.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
