@@ -13,18 +13,13 @@ its gate half first, or INTERLEAVED; a (S, N).
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..triton.gated import activation, bounded, gated
 from .pipeline import (
-    before,
     gather_rows,
     make_barriers,
-    multiply_stage,
+    multiply_tile,
     pass_stages,
     rows_of,
     tile_of,
@@ -60,19 +55,10 @@ def _multiply(
         e, after_row0, jn = tile_of(t + 2 * PROGRAMS, num_m, tiles_ptr, N_TILES, GROUP_M)
         if row0 + GROUP * ROWS < end:
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
-            for k0 in range(0, K, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                fence_async_shared()  # cp.async wrote the rows, wgmma reads by the other proxy
-                x_k = x_bufs.index(stage).slice(GROUP * ROWS, ROWS, 0)
-                if TRANSPOSED:
-                    w_k = w_bufs.index(stage)
-                else:
-                    w_k = w_bufs.index(stage).permute((1, 0))
-                acc, stage, phase = multiply_stage(
-                    x_k, w_k, acc, empty, stage, phase, k0 == 0, STAGES
-                )
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
+            acc, stage, phase = multiply_tile(
+                acc, x_bufs, w_bufs, full, empty, stage, phase,
+                K, TRANSPOSED, True, BLOCK_K, STAGES, GROUP,
+            )  # fmt: skip
             mbarrier.wait(drained.index(GROUP), turn ^ 1)
             d_buf.store(acc.to(d_buf.dtype))
         else:

@@ -10,15 +10,14 @@ transposed (E, K, N), their experts as one matrix; bias (E, N).
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..triton.gemm import ROWS_BOUND
 from .pipeline import (
     advance,
-    before,
     first_sums,
     make_barriers,
-    multiply_stage,
+    multiply_tile,
     pass_stages,
     put_rows,
     rows_of,
@@ -80,18 +79,10 @@ def _multiply(
         )
         if row0 + GROUP * ROWS < end:
             acc = first_sums(bias_ptr, e, jn * BLOCK_N + j, N, HAS_BIAS, ROWS, layout)
-            for k0 in range(0, K, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                x_k = x_bufs.index(stage).reshape((2 * ROWS, BLOCK_K))
-                w_k = w_bufs.index(stage)
-                if not TRANSPOSED:
-                    w_k = w_k.permute((1, 0))
-                x_k = x_k.slice(GROUP * ROWS, ROWS, 0)
-                acc, stage, phase = multiply_stage(
-                    x_k, w_k, acc, empty, stage, phase, k0 == 0, STAGES
-                )
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
+            acc, stage, phase = multiply_tile(
+                acc, x_bufs, w_bufs, full, empty, stage, phase,
+                K, TRANSPOSED, False, BLOCK_K, STAGES, GROUP,
+            )  # fmt: skip
             put_rows(out_desc, out, acc, row0 + GROUP * ROWS, end, jn * BLOCK_N)
         else:
             stage, phase = pass_stages(full, empty, stage, phase, K, BLOCK_K, STAGES)

@@ -160,6 +160,33 @@ def multiply_stage(a, b, acc, empty, stage, phase, first, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def multiply_tile(
+    acc, x_bufs, w_bufs, full, empty, stage, phase,
+    K: gl.constexpr, TRANSPOSED: gl.constexpr, GATHERED: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Adds to acc the products of this consumer's rows of a tile of depth K; lets go of its stages.
+
+    GATHERED rows were written by cp.async. Returns acc and the next stage and its parity.
+    """
+    ROWS: gl.constexpr = acc.shape[0]
+    COLUMNS: gl.constexpr = acc.shape[1]
+    for k0 in range(0, K, BLOCK_K):
+        mbarrier.wait(full.index(stage), phase)
+        if GATHERED:
+            fence_async_shared()  # cp.async wrote the rows, wgmma reads by the other proxy
+        x_k = x_bufs.index(stage).reshape((CONSUMERS * ROWS, BLOCK_K)).slice(GROUP * ROWS, ROWS, 0)
+        if TRANSPOSED:
+            w_k = w_bufs.index(stage)
+        else:
+            w_k = w_bufs.index(stage).reshape((COLUMNS, BLOCK_K)).permute((1, 0))
+        acc, stage, phase = multiply_stage(x_k, w_k, acc, empty, stage, phase, k0 == 0, STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
+    return acc, stage, phase
+
+
+@gluon.jit
 def pass_stages(
     full, empty, stage, phase, K: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
 ):

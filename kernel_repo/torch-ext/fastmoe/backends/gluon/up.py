@@ -12,21 +12,15 @@ TRANSPOSED (E, K, 2I); bias (E, 2I); h (S, 2I) and a (S, I) in ragged rows
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from .gated import gate_and_slopes
 from .pipeline import (
-    before,
     first_sums,
     gather_rows,
     halves,
     make_barriers,
-    multiply_stage,
+    multiply_tile,
     pass_stages,
     put_rows,
     rows_of,
@@ -63,20 +57,10 @@ def _multiply(
             if not INTERLEAVED:
                 column = jn * BLOCK_N + j % BLOCK_N + j // BLOCK_N * I
             acc = first_sums(bias_ptr, e, column, 2 * I, HAS_BIAS, ROWS, layout)
-            for k0 in range(0, K, BLOCK_K):
-                mbarrier.wait(full.index(stage), phase)
-                fence_async_shared()  # cp.async wrote the rows, wgmma reads by the other proxy
-                x_k = x_bufs.index(stage).slice(GROUP * ROWS, ROWS, 0)
-                w_k = w_bufs.index(stage)
-                if not INTERLEAVED:
-                    w_k = w_k.reshape((2 * BLOCK_N, BLOCK_K))
-                if not TRANSPOSED:
-                    w_k = w_k.permute((1, 0))
-                acc, stage, phase = multiply_stage(
-                    x_k, w_k, acc, empty, stage, phase, k0 == 0, STAGES
-                )
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(before(stage, STAGES)), count=1)
+            acc, stage, phase = multiply_tile(
+                acc, x_bufs, w_bufs, full, empty, stage, phase,
+                K, TRANSPOSED, True, BLOCK_K, STAGES, GROUP,
+            )  # fmt: skip
             left, right = halves(acc)
             if INTERLEAVED:
                 g, u = acc.reshape((ROWS, BLOCK_N, 2)).split()
