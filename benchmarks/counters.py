@@ -1,5 +1,6 @@
 """What holds a training step back: the chip's clock and power while steps follow each other, and
-what its counters say of each large kernel (Nsight Compute, `ncu`, where it may read them).
+what its counters say of each large kernel (Nsight Compute, `ncu`, where it may read them). At the
+size of Qwen3-30B-A3B's experts.
 
 Clocks are left alone; `ncu` would hold the base clock unless told otherwise. It runs a kernel once
 for each group of counters, with pauses between, so clocks there are those of short loads.
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import floors, peers, report
-from .problems import QWEN3_30B, make_inputs
+from .problems import QWEN3_30B, Inputs, Problem, make_inputs
 from .timing import drop_gradients
 
 KERNELS = "^(up_gate|grouped_linear|gate_backward|weight_grad)_kernel"
@@ -47,10 +48,8 @@ ASKED = {
 SETTLING_S = 0.5
 
 
-def step_of(tokens: int, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A training step of our experts at the size of Qwen3-30B-A3B, and its GEMMs as dense ones."""
-    problem = QWEN3_30B.at(tokens)
-    inputs = make_inputs(problem, torch.bfloat16, str(device))
+def step_of(problem: Problem, inputs: Inputs) -> Callable[[], None]:
+    """A training step of our experts."""
     leaves = [t.requires_grad_() for t in inputs.leaves().values()]
     forward = peers.fastmoe(problem)
 
@@ -58,7 +57,7 @@ def step_of(tokens: int, device: torch.device) -> tuple[Callable[[], None], Call
         forward(inputs).backward(inputs.grad)
         drop_gradients(leaves)
 
-    return step, floors.dense_limit(problem, inputs)["step"]
+    return step
 
 
 def sustained(call: Callable[[], None], seconds: float, device: torch.device) -> dict[str, float]:
@@ -157,7 +156,8 @@ def rows_of(table: list[str]) -> list[dict[str, object]]:
 
 def _profiled(tokens: int, device: torch.device) -> None:
     """What ncu watches: one step, after two that it does not see."""
-    step, _ = step_of(tokens, device)
+    problem = QWEN3_30B.at(tokens)
+    step = step_of(problem, make_inputs(problem, torch.bfloat16, str(device)))
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -187,7 +187,12 @@ def main(argv: list[str]) -> int:
         return 0
     rows: list[dict[str, object]] = []
     for tokens in map(int, args.tokens.split(",")):
-        calls = dict(zip((peers.OURS, floors.DENSE), step_of(tokens, device), strict=True))
+        problem = QWEN3_30B.at(tokens)
+        inputs = make_inputs(problem, torch.bfloat16, str(device))
+        calls = {
+            peers.OURS: step_of(problem, inputs),
+            floors.DENSE: floors.dense_limit(problem, inputs)["step"],
+        }
         for name, call in calls.items():
             row = sustained(call, args.seconds, device)
             rows.append({"implementation": name, "T": tokens, "kernel": None, **row})

@@ -1,8 +1,8 @@
 """Gradients of the experts' biases in bfloat16, beside float32, with some hundred rows an expert.
 
 `grouped_mm` and `batched_mm` index the biases by every row's expert. The gradient of that is a sum
-over the rows in the biases' own dtype, one after the other: in bfloat16 what is added is lost once
-the sum is large. `eager` adds one bias to all rows of an expert, which sums well.
+over the rows in the biases' own dtype, one after the other: in bfloat16 every addition rounds to 8
+bits. `eager` adds one bias to all rows of an expert, which sums well.
 """
 
 import pytest

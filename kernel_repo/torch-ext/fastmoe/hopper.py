@@ -46,14 +46,13 @@ def serves_up_gate(
     than 64 rows an expert. Not a transposed weight in halves.
     """
     width = up.shape[2] if transposed else up.shape[1]
-    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (x, up))
     return (
         gate.gated
         and (gate.interleaved or not transposed)
         and r.block_m == _BLOCK_M
         and x.dtype in (torch.bfloat16, torch.float16)
         and available(x.device)
-        and aligned
+        and _aligned(x, up)
         and width % 16 == 0
         and x.shape[1] % _BLOCK_K == 0
     )
@@ -99,13 +98,12 @@ def serves_gate_backward(
     there are more than 64 rows an expert. Not fp16: what it keeps between the GEMM and the gate is
     not yet multiplied by the routing weight, and might overflow.
     """
-    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (grad, w, h))
     return (
         gate.gated
         and r.block_m == _BLOCK_M
         and grad.dtype == torch.bfloat16
         and available(grad.device)
-        and aligned
+        and _aligned(grad, w, h)
         and h.shape[0] > 0
         and h.shape[1] % 16 == 0
         and grad.shape[1] % _BLOCK_K == 0
@@ -147,13 +145,12 @@ def serves_linear(rows: torch.Tensor, w: torch.Tensor, r: Routing, transposed: b
     It does if they are 16-bit and aligned, there are more than 64 rows an expert, and no step
     reaches past the K rows of a transposed weight.
     """
-    aligned = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in (rows, w))
     whole = rows.shape[1] % _BLOCK_K == 0 if transposed else w.shape[1] % 8 == 0
     return (
         r.block_m == _BLOCK_M
         and rows.dtype in (torch.bfloat16, torch.float16)
         and available(rows.device)
-        and aligned
+        and _aligned(rows, w)
         and whole
         and rows.shape[0] > 0
     )
@@ -185,11 +182,10 @@ def serves_weight_grad(p: torch.Tensor, q: torch.Tensor) -> bool:
 
     It does if they are 16-bit and their rows aligned.
     """
-    aligned = all(t.data_ptr() % 16 == 0 and t.shape[1] % 8 == 0 for t in (p, q))
     return (
         p.dtype in (torch.bfloat16, torch.float16)
         and available(p.device)
-        and aligned
+        and _aligned(p, q)
         and p.shape[0] > 0
     )
 
@@ -219,6 +215,11 @@ def weight_grad(
          _TILE_N, _BLOCK_M, _BLOCK_K, weight_grad_stages(out.element_size())),
         num_warps=4,
     )  # fmt: skip
+
+
+def _aligned(*arrays: torch.Tensor) -> bool:
+    """Whether the rows of these arrays of 16-bit elements begin at multiples of 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 and t.shape[-1] % 8 == 0 for t in arrays)
 
 
 def _tiles(array: torch.Tensor, block: tuple[int, ...]) -> Tiles:
