@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-from .problems import Inputs, Problem
+from .problems import GPT_OSS_ALPHA, Inputs, Problem
 
 Forward = Callable[[Inputs], torch.Tensor]
 OUTPUT = "output"
@@ -96,7 +96,7 @@ def _expert(parts: dict[str, torch.Tensor], problem: Problem | None) -> torch.Te
         raise ValueError(f"no reference for {problem.name!r}")
     h = parts["x"] @ parts["up"] + parts["up_bias"]
     gate, up = h[:, ::2].clamp(max=problem.limit), h[:, 1::2].clamp(-problem.limit, problem.limit)
-    a = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    a = (up + 1) * gate * torch.sigmoid(GPT_OSS_ALPHA * gate)
     return a @ parts["down"] + parts["down_bias"]
 
 

@@ -16,40 +16,44 @@ import torch
 from torch.nn.functional import silu
 
 from .gate import Forward
-from .problems import Inputs, Problem
+from .problems import GPT_OSS_ALPHA, Inputs, Problem
 
 OURS = "fastmoe"
 LEAN = "fastmoe_lean"
 BASELINE = "grouped_mm"  # the yardstick of the gate, and transformers' default
 
 
-def _module(inputs: Inputs, problem: Problem) -> types.SimpleNamespace:
-    """What transformers' experts functions read from an experts module, around the benchmark's own
-    tensors.
+def _of_transformers(function: Callable[..., torch.Tensor], problem: Problem) -> Forward:
+    """One of transformers' experts functions, over a module around the benchmark's own tensors that
+    has what these functions read.
     """
     from transformers.integrations.moe import _default_apply_gate
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-    module = types.SimpleNamespace(
-        num_experts=inputs.up.shape[0],
-        gate_up_proj=inputs.up,
-        down_proj=inputs.down,
-        gate_up_proj_bias=inputs.up_bias,
-        down_proj_bias=inputs.down_bias,
-        act_fn=silu,
-        alpha=1.702,
-        limit=problem.limit,
-        has_gate=True,
-        has_bias=problem.bias,
-        has_post_expert_norm=False,
-        is_transposed=problem.transposed,
-        is_concatenated=not problem.interleaved,
-        _is_expert_parallel=False,
-        config=types.SimpleNamespace(hidden_act="silu", _experts_implementation="eager"),
-    )
     apply_gate = GptOssExperts._apply_gate if problem.of_gpt_oss else _default_apply_gate
-    module._apply_gate = types.MethodType(apply_gate, module)
-    return module
+
+    def forward(i: Inputs) -> torch.Tensor:
+        module = types.SimpleNamespace(
+            num_experts=i.up.shape[0],
+            gate_up_proj=i.up,
+            down_proj=i.down,
+            gate_up_proj_bias=i.up_bias,
+            down_proj_bias=i.down_bias,
+            act_fn=silu,
+            alpha=GPT_OSS_ALPHA,
+            limit=problem.limit,
+            has_gate=True,
+            has_bias=problem.bias,
+            has_post_expert_norm=False,
+            is_transposed=problem.transposed,
+            is_concatenated=not problem.interleaved,
+            _is_expert_parallel=False,
+            config=types.SimpleNamespace(hidden_act="silu", _experts_implementation="eager"),
+        )
+        module._apply_gate = types.MethodType(apply_gate, module)
+        return function(module, i.x, i.top_k_index, i.top_k_weights)
+
+    return forward
 
 
 def fastmoe(problem: Problem) -> Forward:
@@ -78,33 +82,21 @@ def fastmoe_lean(problem: Problem) -> Forward:
 def grouped_mm(problem: Problem) -> Forward:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    def forward(i: Inputs) -> torch.Tensor:
-        module = _module(i, problem)
-        return grouped_mm_experts_forward(module, i.x, i.top_k_index, i.top_k_weights)
-
-    return forward
+    return _of_transformers(grouped_mm_experts_forward, problem)
 
 
 def batched_mm(problem: Problem) -> Forward:
     """What `generate()` uses. It copies the weights of every slot, so it is for decode only."""
     from transformers.integrations.moe import batched_mm_experts_forward
 
-    def forward(i: Inputs) -> torch.Tensor:
-        module = _module(i, problem)
-        return batched_mm_experts_forward(module, i.x, i.top_k_index, i.top_k_weights)
-
-    return forward
+    return _of_transformers(batched_mm_experts_forward, problem)
 
 
 def eager(problem: Problem) -> Forward:
     """The model's own loop over the experts that have tokens."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    def forward(i: Inputs) -> torch.Tensor:
-        module = _module(i, problem)
-        return Qwen3MoeExperts.forward(module, i.x, i.top_k_index, i.top_k_weights)
-
-    return forward
+    return _of_transformers(Qwen3MoeExperts.forward, problem)
 
 
 def liger(problem: Problem) -> Forward:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+GPT_OSS_ALPHA = 1.702  # in its activation, x * sigmoid(alpha * x)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -53,8 +55,10 @@ class Problem:
     def gate_options(self) -> dict[str, object]:
         """What `fastmoe.Gate` is made of."""
         if self.gate == "clamped":
-            constants = dict(activation="silu", alpha=1.702, limit=self.limit, up_offset=1.0)
-            return constants | dict(interleaved=self.interleaved)
+            return dict(
+                activation="silu", alpha=GPT_OSS_ALPHA, limit=self.limit, up_offset=1.0,
+                interleaved=self.interleaved,
+            )  # fmt: skip
         return dict(activation=self.gate, gated=self.gated, interleaved=self.interleaved)
 
     def at(self, tokens: int) -> Problem:
@@ -83,7 +87,7 @@ class Inputs:
 QWEN3_30B = Problem("qwen3-30b-a3b", 16384, 2048, 768, 128, 8)
 OLMOE = Problem("olmoe-1b-7b", 8192, 2048, 1024, 64, 8)
 GPT_OSS_20B = Problem("gpt-oss-20b-size", 8192, 2880, 2880, 32, 4)
-OF_GPT_OSS = dict(gate="clamped", limit=7.0, bias=True, transposed=True, interleaved=True)
+OF_GPT_OSS = dict(gate="clamped", bias=True, transposed=True, interleaved=True)
 DEEPSEEK_V3_8 = Problem("deepseek-v3-eighth", 8192, 7168, 2048, 32, 8)
 MIXTRAL = Problem("mixtral-8x7b", 8192, 4096, 14336, 8, 2)
 
@@ -94,7 +98,7 @@ TRAINING = (
     replace(QWEN3_30B, name="qwen3-30b-a3b-zipf", skew=1.0),
     OLMOE,
     GPT_OSS_20B,
-    replace(GPT_OSS_20B, name="gpt-oss-20b", **OF_GPT_OSS),
+    replace(GPT_OSS_20B, name="gpt-oss-20b", limit=7.0, **OF_GPT_OSS),
     DEEPSEEK_V3_8,
     MIXTRAL,
 )
@@ -118,16 +122,8 @@ EDGE = (
     replace(_SMALL, name="transposed", transposed=True),
     replace(_SMALL, name="transposed_odd", T=37, H=33, I=27, transposed=True),
     replace(_SMALL, name="bias", bias=True),
-    replace(_SMALL, name="gpt_oss", gate="clamped", bias=True, transposed=True, interleaved=True),
-    replace(
-        _SMALL,
-        name="gpt_oss_sentinels",
-        gate="clamped",
-        bias=True,
-        transposed=True,
-        interleaved=True,
-        sentinels=0.4,
-    ),
+    replace(_SMALL, name="gpt_oss", **OF_GPT_OSS),
+    replace(_SMALL, name="gpt_oss_sentinels", sentinels=0.4, **OF_GPT_OSS),
     replace(_SMALL, name="privacy_filter", gate="clamped", bias=True, transposed=True),
     replace(_SMALL, name="geglu", gate="gelu"),
     replace(_SMALL, name="geglu_tanh", gate="gelu_tanh"),

@@ -27,14 +27,13 @@ from hf_moe_ep.kernel import get_kernel
 
 from . import gate, report
 from .environment import command, describe, device_slug
-from .problems import Inputs, Problem, make_inputs
+from .problems import OF_GPT_OSS, Inputs, Problem, make_inputs
 
 # (dtype, experts layer): T and E are drawn. The first four fit the Hopper kernels' tiles, the next
 # have rows for bulk copies, the odd ones neither.
-_GPT_OSS = dict(gate="clamped", bias=True, transposed=True, interleaved=True)
 POOL = (
     ("bfloat16", Problem("swiglu", 0, 512, 256, 0, 8)),
-    ("bfloat16", Problem("gpt_oss", 0, 320, 192, 0, 4, **_GPT_OSS)),
+    ("bfloat16", Problem("gpt_oss", 0, 320, 192, 0, 4, **OF_GPT_OSS)),
     ("float16", Problem("swiglu_fp16", 0, 256, 128, 0, 2)),
     ("bfloat16", Problem("transposed", 0, 512, 256, 0, 6, transposed=True)),
     ("bfloat16", Problem("top1", 0, 256, 384, 0, 1)),
@@ -47,7 +46,7 @@ POOL = (
     ("float16", Problem("silu_bias", 0, 200, 136, 0, 2, gate="silu", gated=False, bias=True)),
     ("float32", Problem("swiglu_fp32", 0, 256, 128, 0, 4)),
     ("float32", Problem("geglu_tanh_odd", 0, 97, 65, 0, 5, gate="gelu_tanh", bias=True)),
-    ("float32", Problem("gpt_oss_fp32", 0, 120, 120, 0, 4, **_GPT_OSS)),
+    ("float32", Problem("gpt_oss_fp32", 0, 120, 120, 0, 4, **OF_GPT_OSS)),
     ("bfloat16", Problem("reglu_odd_transposed", 0, 250, 190, 0, 2, gate="relu", transposed=True)),
 )
 MAX_ROWS = 16384  # T * K

@@ -31,7 +31,7 @@ import torch
 from hf_moe_ep.kernel import get_kernel
 
 from . import report
-from .problems import Inputs, Problem, make_inputs
+from .problems import OF_GPT_OSS, Inputs, Problem, make_inputs
 
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = {
@@ -47,13 +47,12 @@ KERNEL = re.compile(r"\bat (\w+)\+0x[0-9a-f]+")
 # Tiles of 128, 64, 32 and 16 rows; sizes for the Hopper weight gradient, for bulk copies alone, and
 # for neither. T, H, I, E, K.
 _TILES = Problem("tiles", 400, 256, 128, 4, 2, sentinels=0.2)
-_GPT_OSS = dict(gate="clamped", bias=True, transposed=True, interleaved=True)
 _PROBLEMS = (
     (_TILES, "bfloat16"),
     (replace(_TILES, T=100, transposed=True), "float16"),
     (replace(_TILES, T=50), "bfloat16"),
     (Problem("bulk", 30, 136, 72, 4, 2, skew=1.0), "bfloat16"),
-    (Problem("gpt_oss", 150, 136, 136, 4, 2, **_GPT_OSS), "bfloat16"),
+    (Problem("gpt_oss", 150, 136, 136, 4, 2, **OF_GPT_OSS), "bfloat16"),
     (Problem("odd", 70, 133, 67, 3, 3, bias=True, gate="gelu_tanh"), "bfloat16"),
     (Problem("ungated", 40, 64, 96, 5, 1, gated=False, gate="relu2"), "float16"),
     (Problem("fp32", 90, 96, 80, 4, 2), "float32"),

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastmoe
-from benchmarks.problems import Problem, make_inputs
+from benchmarks.problems import OF_GPT_OSS, Problem, make_inputs
 from fastmoe import ahead, ops
 from fastmoe import combine as combine_file
 from fastmoe import decode as decode_file
@@ -21,7 +21,6 @@ from tests.kernels.common import DEVICE, DTYPES, gate_of, run
 
 PLAIN = Problem("plain", 30, 32, 48, 5, 2)
 SIXTEENS = Problem("sixteens", 40, 64, 32, 48, 4, sentinels=0.3)
-OF_GPT_OSS = dict(gate="clamped", bias=True, transposed=True, interleaved=True)
 GPT_OSS = replace(PLAIN, name="gpt_oss", **OF_GPT_OSS)
 ROUTINGS = 1  # calls beyond the step's own: routing has a form for few slots and one for many
 HOST = {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmoe
-from benchmarks.problems import EDGE, Problem, make_inputs
+from benchmarks.problems import EDGE, OF_GPT_OSS, Problem, make_inputs
 from fastmoe import decode
 from tests.kernels.common import DEVICE, DTYPES, assert_as_good_as_torch, gate_of, run
 
@@ -32,7 +32,7 @@ def test_fused(p, dtype):
     [
         (160, {}), (128, dict(transposed=True)), (132, {}), (160, dict(bias=True)),
         (192, dict(interleaved=True)), (264, dict(gate="gelu", interleaved=True, bias=True)),
-        (192, dict(gate="clamped", bias=True, transposed=True, interleaved=True)),
+        (192, OF_GPT_OSS),
     ],
     ids=str,
 )  # fmt: skip
