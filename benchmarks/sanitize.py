@@ -44,8 +44,8 @@ SUMMARY = {
 CXX = "kernel_substring=_Z"  # kernels with mangled names: torch's, which took most of the time
 KERNEL = re.compile(r"\bat (\w+)\+0x[0-9a-f]+")
 
-# Tiles of 128, 64, 32 and 16 rows; sizes for the Hopper weight gradient, for bulk copies alone, and
-# for neither. T, H, I, E, K.
+# Tiles of 128, 64, 32 and 16 rows; sizes for the Hopper kernels, for bulk copies alone, and for
+# neither. T, H, I, E, K.
 _TILES = Problem("tiles", 400, 256, 128, 4, 2, sentinels=0.2)
 _PROBLEMS = (
     (_TILES, "bfloat16"),
@@ -53,6 +53,7 @@ _PROBLEMS = (
     (replace(_TILES, T=50), "bfloat16"),
     (Problem("bulk", 30, 136, 72, 4, 2, skew=1.0), "bfloat16"),
     (Problem("gpt_oss", 150, 136, 136, 4, 2, **OF_GPT_OSS), "bfloat16"),
+    (Problem("gpt_oss_tiles", 150, 192, 192, 4, 2, **OF_GPT_OSS), "bfloat16"),
     (Problem("odd", 70, 133, 67, 3, 3, bias=True, gate="gelu_tanh"), "bfloat16"),
     (Problem("ungated", 40, 64, 96, 5, 1, gated=False, gate="relu2"), "float16"),
     (Problem("fp32", 90, 96, 80, 4, 2), "float32"),
